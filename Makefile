@@ -1,0 +1,71 @@
+# Every target sets up what it needs. Works with GNU make 3.81 and Python 3.11 or newer.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
+
+.PHONY: help setup demo serve test test-all bench lint format docs lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.serve ## a virtual environment with what serving needs
+
+demo: .venv/.demo ## a server, the official client, and a whole story
+	@$(BIN)/afterglow demo
+
+serve: .venv/.serve ## the server, at http://127.0.0.1:8000/v1
+	@exec $(BIN)/afterglow serve
+
+test: .venv/.dev ## the tests to run before every commit (under two minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.dev ## all tests, with the slow kinds: other clients, crashes, real processes
+	$(BIN)/python -m pytest
+
+bench: .venv/.serve ## the figures this server owes, measured here (under five minutes)
+	$(BIN)/python -m bench.run
+
+lint: .venv/.dev ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/.serve ## write the pages of docs/ that come from the code
+	$(BIN)/python docs/generate.py
+
+lock: ## resolve the dependencies anew (needs uv)
+	printf "hatchling\neditables\n" | uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q - -o locks/build.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q pyproject.toml -o locks/serve.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q --extra demo -c locks/serve.txt pyproject.toml -o locks/demo.txt
+	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q --extra demo --group dev -c locks/demo.txt pyproject.toml -o locks/dev.txt
+
+clean: ## remove what the targets above have made
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/results
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Afterglow needs Python 3.11 or newer, and found none. Debian, Ubuntu: apt-get install python3 python3-venv; macOS: brew install python"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv module is missing. Debian, Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The lock files are installed with their hashes; the project itself is installed beside them, from this folder.
+.venv/.serve: .venv/bin/python locks/serve.txt pyproject.toml
+	@echo "Installing what serving needs …"
+	@$(PIP) --require-hashes -r locks/build.txt
+	@$(PIP) --require-hashes -r locks/serve.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.demo: .venv/.serve locks/demo.txt
+	@echo "Installing the official client, for the demo …"
+	@$(PIP) --require-hashes -r locks/demo.txt
+	@touch $@
+
+.venv/.dev: .venv/.serve locks/dev.txt
+	@echo "Installing what tests and lint need …"
+	@$(PIP) --require-hashes -r locks/dev.txt
+	@touch $@
