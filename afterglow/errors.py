@@ -1,0 +1,213 @@
+"""Every error of Afterglow, in one tree.
+
+    AfterglowError
+    ├── ApiError                 what a caller is told: an HTTP status and the API's error body
+    │   ├── InvalidRequest       400
+    │   │   ├── ThreadBusy
+    │   │   └── BadToolOutputs
+    │   ├── Unauthorized         401
+    │   ├── Forbidden            403
+    │   ├── NotFound             404
+    │   ├── BodyTooLarge         413
+    │   └── Unavailable          503
+    ├── ModelError               what went wrong with a model server; ends a run, see `runs/loop.py`
+    │   ├── ModelUnreachable
+    │   ├── ModelTimeout
+    │   ├── ModelRateLimited
+    │   ├── ModelRefused
+    │   ├── ModelBroke
+    │   ├── ContextOverflow
+    │   ├── ContentFiltered
+    │   └── ImageUnavailable
+    ├── StoreError               the database said no
+    │   ├── StoreFull
+    │   └── StoreUnavailable
+    ├── LostLease                another attempt of the run has taken over
+    └── ConfigError              a setting is wrong; shown by the command line, never over HTTP
+
+Raise where you know; catch at the HTTP edge (`api/edge.py`) and the worker edge (`runs/worker.py`).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class AfterglowError(Exception):
+    """The root. Never raised itself."""
+
+
+class ApiError(AfterglowError):
+    """Something a caller must hear of.
+
+    message: the wire's `message`; param: path of the offending key (`tools[0].function.name`) or None.
+    Wire: `{"error": {"message", "type", "param", "code"}}` with HTTP `status`.
+    """
+
+    status = 500
+    type = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers: dict[str, str] = {}
+
+    def body(self) -> bytes:
+        """The error envelope as JSON bytes."""
+        fields = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": fields})
+
+
+class InvalidRequest(ApiError):
+    """The request cannot be carried out as it stands. Wire: HTTP 400, type `invalid_request_error`."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ThreadBusy(InvalidRequest):
+    """A run is still active on this thread; wait for it or cancel it.
+
+    Wire: HTTP 400, type `invalid_request_error`, code and param null, wording as recorded from the public API.
+    Clients read both ids out of the text.
+    """
+
+    @classmethod
+    def for_message(cls, thread_id: str, run_id: str) -> ThreadBusy:
+        return cls(f"Can't add messages to {thread_id} while a run {run_id} is active.")
+
+    @classmethod
+    def for_run(cls, thread_id: str, run_id: str) -> ThreadBusy:
+        return cls(f"Thread {thread_id} already has an active run {run_id}.")
+
+
+class BadToolOutputs(InvalidRequest):
+    """The outputs do not answer exactly the calls that wait; the run goes on waiting.
+
+    Wire: HTTP 400, type `invalid_request_error`; names the call ids expected and those received.
+    """
+
+    def __init__(self, expected: list[str], got: list[str]) -> None:
+        super().__init__(f"Expected tool outputs for call_ids {expected}, got {got}")
+
+
+class Unauthorized(ApiError):
+    """No key, or one that is not known here. Wire: HTTP 401, type `invalid_request_error`."""
+
+    status = 401
+    type = "invalid_request_error"
+
+
+class Forbidden(ApiError):
+    """The request came from an origin or for a host that is not allowed. Wire: HTTP 403."""
+
+    status = 403
+    type = "invalid_request_error"
+
+
+class NotFound(ApiError):
+    """No such object in the caller's project, or no such route. Wire: HTTP 404, type `invalid_request_error`."""
+
+    status = 404
+    type = "invalid_request_error"
+
+    @classmethod
+    def of(cls, noun: str, object_id: str, *, param: str | None = None) -> NotFound:
+        """noun: `assistant`, `thread`, `message`, `run` or `run step`."""
+        return cls(f"No {noun} found with id '{object_id}'.", param=param)
+
+
+class BodyTooLarge(ApiError):
+    """The body is larger than `max_body_mb`. Wire: HTTP 413, type `invalid_request_error`."""
+
+    status = 413
+    type = "invalid_request_error"
+
+
+class Unavailable(ApiError):
+    """The server cannot do it now, and nothing was written; try again. Wire: HTTP 503, with Retry-After."""
+
+    status = 503
+    type = "server_error"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.headers["retry-after"] = str(retry_after_s)
+
+
+class ModelError(AfterglowError):
+    """A model call that did not end well.
+
+    code: the run's `last_error.code`. The text is for the run's owner: it names model and upstream, never a key.
+    """
+
+    code = "server_error"
+
+
+class ModelUnreachable(ModelError):
+    """No connection, or it broke. Run: failed, `server_error`."""
+
+
+class ModelTimeout(ModelError):
+    """Connecting, the first token or the whole answer took too long. Run: failed, `server_error`."""
+
+
+class ModelRateLimited(ModelError):
+    """The upstream answered 429, or its quota is used up. Run: failed, `rate_limit_exceeded`."""
+
+    code = "rate_limit_exceeded"
+
+
+class ModelRefused(ModelError):
+    """The upstream refused the request: key, model name or an argument. Run: failed, `server_error`."""
+
+
+class ModelBroke(ModelError):
+    """The upstream answered 5xx, or with something that is no chat completion. Run: failed, `server_error`."""
+
+
+class ContextOverflow(ModelError):
+    """The prompt is longer than the model's window. Under truncation `auto` it is cut and tried once more.
+
+    window_tokens: the limit that the upstream named, or None when it named none. Run: failed, `invalid_prompt`.
+    """
+
+    code = "invalid_prompt"
+
+    def __init__(self, message: str, window_tokens: int | None = None) -> None:
+        super().__init__(message)
+        self.window_tokens = window_tokens
+
+
+class ContentFiltered(ModelError):
+    """The upstream's filter refused the prompt. Run: failed, `invalid_prompt`."""
+
+    code = "invalid_prompt"
+
+
+class ImageUnavailable(ModelError):
+    """An image URL had to be fetched for the model, and could not be. Run: failed, `invalid_prompt`."""
+
+    code = "invalid_prompt"
+
+
+class StoreError(AfterglowError):
+    """The database did not do what it was asked; the transaction was rolled back whole."""
+
+
+class StoreFull(StoreError):
+    """No space left for a write. Wire: HTTP 503; what was acknowledged before is safe."""
+
+
+class StoreUnavailable(StoreError):
+    """The database cannot be read or written just now. Wire: HTTP 503."""
+
+
+class LostLease(AfterglowError):
+    """Another attempt of the run has taken over; this one must stop and write nothing more."""
+
+
+class ConfigError(AfterglowError):
+    """A setting is wrong or missing; the message says which, and what to write instead."""

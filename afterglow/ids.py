@@ -1,0 +1,28 @@
+"""Ids: a prefix that clients check, then 24 characters that begin with the time.
+
+Ours sort by creation (milliseconds, then chance), which keeps index writes together; to everyone else they are
+opaque. Ids of other shapes are legal when imported.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+
+# In ASCII order, so that ids of one kind sort as their times do.
+ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+TIME_CHARS = 8
+RANDOM_CHARS = 16
+
+
+def new_id(prefix: str) -> str:
+    """Return e.g. `msg_0V4kXw3q…`: prefix, 8 characters of time in ms (until the year 8,800), 16 of chance."""
+    return f"{prefix}_{_base62(time.time_ns() // 1_000_000, TIME_CHARS)}{_base62(secrets.randbits(95), RANDOM_CHARS)}"
+
+
+def _base62(number: int, width: int) -> str:
+    digits = []
+    for _ in range(width):
+        number, digit = divmod(number, 62)
+        digits.append(ALPHABET[digit])
+    return "".join(reversed(digits))

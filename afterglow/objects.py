@@ -1,0 +1,496 @@
+"""The wire's shapes, by hand: what callers send (`Create…`, `Modify…`) and what they get.
+
+Checked in tests against the types of the official SDK and against the published OpenAPI subset. A key that the
+caller left out is UNSET, which is not the same as an explicit null. Times are Unix seconds. Limits are written here
+as msgspec constraints; `api/faults.py` words a violation as the API does. Rows of the database are not here
+(`afterglow/rows/`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+NonEmpty = Annotated[str, Meta(min_length=1)]
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+Instructions = Annotated[str, Meta(max_length=256_000)]
+MessageText = Annotated[str, Meta(max_length=256_000)]
+FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$(?!\n)")]
+Temperature = Annotated[float, Meta(ge=0, le=2)]
+TopP = Annotated[float, Meta(ge=0, le=1)]
+TokenLimit = Annotated[int, Meta(ge=256)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+RunStatus = Literal[
+    "queued",
+    "in_progress",
+    "requires_action",
+    "cancelling",
+    "cancelled",
+    "failed",
+    "completed",
+    "incomplete",
+    "expired",
+]
+StepStatus = Literal["in_progress", "cancelled", "failed", "completed", "expired"]
+MessageStatus = Literal["in_progress", "incomplete", "completed"]
+Json = dict[str, Any]
+
+# The one legal value of `include[]` on runs and run steps.
+INCLUDE_FILE_SEARCH_CONTENT = "step_details.tool_calls[*].file_search.results[*].content"
+VENDOR_KEYS = "\x7fvendor"  # where keys beginning `x-` are kept; `api/bodies.py` refuses it from callers
+
+
+class Body(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Base of everything a caller sends: unknown keys are refused."""
+
+
+# --- tools -----------------------------------------------------------------------------------------------------
+
+
+class RankingOptions(Body):
+    """How file search scores: `score_threshold` in 0–1; results below it are left out."""
+
+    score_threshold: Annotated[float, Meta(ge=0, le=1)]
+    ranker: Literal["auto", "default_2024_08_21"] = "auto"
+    hybrid_search: dict[Literal["embedding_weight", "text_weight"], float] | UnsetType | None = UNSET
+
+
+class FileSearchOptions(Body):
+    max_num_results: Annotated[int, Meta(ge=1, le=50)] | UnsetType = UNSET
+    ranking_options: RankingOptions | UnsetType | None = UNSET
+
+
+class FunctionDefinition(Body):
+    """A function of the caller's. `parameters` is a JSON Schema; absent means no parameters."""
+
+    name: FunctionName
+    description: str | UnsetType | None = UNSET
+    parameters: Json | UnsetType | None = UNSET
+    strict: bool | UnsetType | None = UNSET
+
+
+class _Tool(Body, tag_field="type", kw_only=True):
+    vendor: Json | UnsetType = msgspec.field(default=UNSET, name=VENDOR_KEYS)  # keys beginning `x-`, as sent
+
+
+class CodeInterpreterTool(_Tool, tag="code_interpreter"):
+    pass
+
+
+class FileSearchTool(_Tool, tag="file_search"):
+    file_search: FileSearchOptions | UnsetType | None = UNSET
+
+
+class FunctionTool(_Tool, tag="function", kw_only=True):
+    function: FunctionDefinition
+
+
+Tool = CodeInterpreterTool | FileSearchTool | FunctionTool
+Tools = Annotated[list[Tool], Meta(max_length=128)]
+
+
+class FunctionChoiceName(Body):
+    name: FunctionName
+
+
+class FunctionChoice(Body, tag_field="type", tag="function"):
+    function: FunctionChoiceName
+
+
+class CodeInterpreterChoice(Body, tag_field="type", tag="code_interpreter"):
+    pass
+
+
+class FileSearchChoice(Body, tag_field="type", tag="file_search"):
+    pass
+
+
+ToolChoice = Literal["none", "auto", "required"] | FunctionChoice | CodeInterpreterChoice | FileSearchChoice
+
+
+class JsonSchemaFormat(Body):
+    name: FunctionName
+    description: str | UnsetType = UNSET
+    schema: Json | UnsetType = UNSET
+    strict: bool | UnsetType | None = UNSET
+
+
+class TextFormat(Body, tag_field="type", tag="text"):
+    pass
+
+
+class JsonObjectFormat(Body, tag_field="type", tag="json_object"):
+    pass
+
+
+class JsonSchemaResponseFormat(Body, tag_field="type", tag="json_schema"):
+    json_schema: JsonSchemaFormat
+
+
+ResponseFormat = Literal["auto"] | TextFormat | JsonObjectFormat | JsonSchemaResponseFormat
+
+
+# --- tool resources --------------------------------------------------------------------------------------------
+
+
+class CodeInterpreterResources(Body):
+    file_ids: Annotated[list[str], Meta(max_length=20)] | UnsetType = UNSET
+
+
+class FileSearchResources(Body):
+    vector_store_ids: Annotated[list[str], Meta(max_length=1)] | UnsetType = UNSET
+
+
+class AutoChunking(Body, tag_field="type", tag="auto"):
+    pass
+
+
+class StaticChunkSizes(Body):
+    max_chunk_size_tokens: Annotated[int, Meta(ge=100, le=4096)]
+    chunk_overlap_tokens: Annotated[int, Meta(ge=0)]
+
+
+class StaticChunking(Body, tag_field="type", tag="static"):
+    static: StaticChunkSizes
+
+
+class NewVectorStore(Body):
+    """A vector store to be made along with an assistant or a thread."""
+
+    file_ids: Annotated[list[str], Meta(max_length=10_000)] | UnsetType = UNSET
+    chunking_strategy: AutoChunking | StaticChunking | UnsetType = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+
+
+class CreateFileSearchResources(Body):
+    vector_store_ids: Annotated[list[str], Meta(max_length=1)] | UnsetType = UNSET
+    vector_stores: Annotated[list[NewVectorStore], Meta(max_length=1)] | UnsetType = UNSET
+
+
+class ToolResources(Body):
+    """Files and stores by id; the form of modify and of thread-and-run."""
+
+    code_interpreter: CodeInterpreterResources | UnsetType | None = UNSET
+    file_search: FileSearchResources | UnsetType | None = UNSET
+
+
+class CreateToolResources(Body):
+    """As ToolResources; `file_search.vector_stores` makes a store on the way."""
+
+    code_interpreter: CodeInterpreterResources | UnsetType | None = UNSET
+    file_search: CreateFileSearchResources | UnsetType | None = UNSET
+
+
+# --- assistants ------------------------------------------------------------------------------------------------
+
+
+class CreateAssistant(Body):
+    model: NonEmpty
+    name: Annotated[str, Meta(max_length=256)] | None = None
+    description: Annotated[str, Meta(max_length=512)] | None = None
+    instructions: Instructions | None = None
+    tools: Tools | None = None
+    tool_resources: CreateToolResources | None = None
+    metadata: Metadata | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: ReasoningEffort | None = None
+
+
+class ModifyAssistant(Body):
+    model: NonEmpty | UnsetType = UNSET
+    name: Annotated[str, Meta(max_length=256)] | UnsetType | None = UNSET
+    description: Annotated[str, Meta(max_length=512)] | UnsetType | None = UNSET
+    instructions: Instructions | UnsetType | None = UNSET
+    tools: Tools | UnsetType | None = UNSET
+    tool_resources: ToolResources | UnsetType | None = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+    temperature: Temperature | UnsetType | None = UNSET
+    top_p: TopP | UnsetType | None = UNSET
+    response_format: ResponseFormat | UnsetType | None = UNSET
+    reasoning_effort: ReasoningEffort | UnsetType | None = UNSET
+
+
+class Assistant(Struct, kw_only=True):
+    """`temperature`, `top_p` and `response_format` show their defaults when unset; the row knows what was set."""
+
+    id: str
+    object: str = "assistant"
+    created_at: int
+    name: str | None = None
+    description: str | None = None
+    model: str
+    instructions: str | None = None
+    tools: list[Json] = []
+    tool_resources: Json = {}
+    metadata: dict[str, str] = {}
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    response_format: Any = "auto"
+    reasoning_effort: str | None = None
+
+
+# --- messages and threads --------------------------------------------------------------------------------------
+
+
+class TextInput(Body, tag_field="type", tag="text"):
+    text: MessageText
+
+
+class ImageFileInputBody(Body):
+    file_id: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImageFileInput(Body, tag_field="type", tag="image_file"):
+    image_file: ImageFileInputBody
+
+
+class ImageUrlInputBody(Body):
+    url: NonEmpty
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImageUrlInput(Body, tag_field="type", tag="image_url"):
+    image_url: ImageUrlInputBody
+
+
+ContentInput = TextInput | ImageFileInput | ImageUrlInput
+
+
+class AttachedCodeInterpreter(Body, tag_field="type", tag="code_interpreter"):
+    pass
+
+
+class AttachedFileSearch(Body, tag_field="type", tag="file_search"):
+    pass
+
+
+class Attachment(Body):
+    file_id: str
+    tools: list[AttachedCodeInterpreter | AttachedFileSearch] | UnsetType = UNSET
+
+
+class CreateMessage(Body):
+    role: Literal["user", "assistant"]
+    content: MessageText | Annotated[list[ContentInput], Meta(min_length=1)]
+    attachments: list[Attachment] | None = None
+    metadata: Metadata | None = None
+
+
+class ModifyMessage(Body):
+    metadata: Metadata | UnsetType | None = UNSET
+
+
+class IncompleteDetails(Struct):
+    """Why a message (content_filter, max_tokens, run_cancelled, run_expired, run_failed) or a run
+    (max_completion_tokens, max_prompt_tokens) is incomplete."""
+
+    reason: str
+
+
+class Message(Struct, kw_only=True):
+    id: str
+    object: str = "thread.message"
+    created_at: int
+    thread_id: str
+    status: MessageStatus = "completed"
+    incomplete_details: IncompleteDetails | None = None
+    completed_at: int | None = None
+    incomplete_at: int | None = None
+    role: Literal["user", "assistant"]
+    content: list[Json] = []
+    assistant_id: str | None = None
+    run_id: str | None = None
+    attachments: list[Json] = []
+    metadata: dict[str, str] = {}
+
+
+NewMessages = Annotated[list[CreateMessage], Meta(max_length=100_000)]
+
+
+class CreateThread(Body):
+    messages: NewMessages | None = None
+    tool_resources: CreateToolResources | None = None
+    metadata: Metadata | None = None
+
+
+class ModifyThread(Body):
+    tool_resources: ToolResources | UnsetType | None = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+
+
+class Thread(Struct, kw_only=True):
+    id: str
+    object: str = "thread"
+    created_at: int
+    metadata: dict[str, str] = {}
+    tool_resources: Json = {}
+
+
+# --- runs and steps --------------------------------------------------------------------------------------------
+
+
+class TruncationStrategy(Body):
+    """`auto` drops what is oldest until the prompt fits; `last_messages` keeps exactly the n newest messages."""
+
+    type: Literal["auto", "last_messages"]
+    last_messages: Annotated[int, Meta(ge=1)] | None = None
+
+
+class _RunOptions(Body):
+    assistant_id: str
+    model: str | None = None
+    instructions: Instructions | None = None
+    tools: Tools | None = None
+    metadata: Metadata | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    stream: bool | None = None
+    max_prompt_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
+    truncation_strategy: TruncationStrategy | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    reasoning_effort: ReasoningEffort | None = None
+
+
+class CreateRun(_RunOptions):
+    additional_instructions: Instructions | None = None
+    additional_messages: NewMessages | None = None
+
+
+class CreateThreadAndRun(_RunOptions):
+    thread: CreateThread | None = None
+    tool_resources: ToolResources | None = None
+
+
+class ModifyRun(Body):
+    metadata: Metadata | UnsetType | None = UNSET
+
+
+class ToolOutput(Body):
+    tool_call_id: str
+    output: str = ""
+
+
+class SubmitToolOutputs(Body):
+    tool_outputs: list[ToolOutput]
+    stream: bool | None = None
+
+
+class LastError(Struct):
+    """code: server_error | rate_limit_exceeded | invalid_prompt (the last one on runs only)."""
+
+    code: str
+    message: str
+
+
+class PromptTokenDetails(Struct, frozen=True):
+    cached_tokens: int = 0
+
+
+class CompletionTokensDetails(Struct, frozen=True):
+    reasoning_tokens: int = 0
+
+
+class Usage(Struct, kw_only=True):
+    """Tokens of one model call (on a step) or of all calls of a run. `prompt_token_details` is spelled as the
+    service spelled it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_token_details: PromptTokenDetails = PromptTokenDetails()
+    completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
+
+    def plus(self, other: Usage) -> Usage:
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            total_tokens=self.total_tokens + other.total_tokens,
+            prompt_token_details=PromptTokenDetails(
+                self.prompt_token_details.cached_tokens + other.prompt_token_details.cached_tokens
+            ),
+            completion_tokens_details=CompletionTokensDetails(
+                self.completion_tokens_details.reasoning_tokens + other.completion_tokens_details.reasoning_tokens
+            ),
+        )
+
+
+class Run(Struct, kw_only=True):
+    """`expires_at` is null once terminal; `usage` is null until then; `instructions` is never null."""
+
+    id: str
+    object: str = "thread.run"
+    created_at: int
+    assistant_id: str
+    thread_id: str
+    status: RunStatus = "queued"
+    started_at: int | None = None
+    expires_at: int | None = None
+    cancelled_at: int | None = None
+    failed_at: int | None = None
+    completed_at: int | None = None
+    required_action: Json | None = None
+    last_error: LastError | None = None
+    incomplete_details: IncompleteDetails | None = None
+    model: str
+    instructions: str = ""
+    tools: list[Json] = []
+    tool_resources: Json = {}
+    metadata: dict[str, str] = {}
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    reasoning_effort: str | None = None
+    max_prompt_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    truncation_strategy: TruncationStrategy = msgspec.field(default_factory=lambda: TruncationStrategy(type="auto"))
+    tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
+    response_format: Any = "auto"
+    usage: Usage | None = None
+
+
+class RunStep(Struct, kw_only=True):
+    id: str
+    object: str = "thread.run.step"
+    created_at: int
+    run_id: str
+    assistant_id: str
+    thread_id: str
+    type: Literal["message_creation", "tool_calls"]
+    status: StepStatus = "in_progress"
+    cancelled_at: int | None = None
+    completed_at: int | None = None
+    expired_at: int | None = None
+    failed_at: int | None = None
+    expires_at: int | None = None
+    last_error: LastError | None = None
+    step_details: Json
+    metadata: dict[str, str] | None = None
+    usage: Usage | None = None
+
+
+# --- the rest --------------------------------------------------------------------------------------------------
+
+
+class Deleted(Struct, kw_only=True):
+    """object: assistant.deleted, thread.deleted or thread.message.deleted."""
+
+    id: str
+    object: str
+    deleted: bool = True
+
+
+class Model(Struct, kw_only=True):
+    id: str
+    object: str = "model"
+    created: int = 0
+    owned_by: str = "afterglow"

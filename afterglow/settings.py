@@ -1,0 +1,306 @@
+"""Every setting, once: name, default, help and unit. Flags, environment variables, the TOML file and
+`docs/configuration.md` all come from this table. Nothing else reads the environment.
+
+A value is taken from the command line, else the environment (`AFTERGLOW_` + name in capitals), else the file given
+with `--config`, else the default here. `upstreams` and `models` are tables and come from the file alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from afterglow.errors import ConfigError
+
+
+def setting(default: Any, help: str, *, secret: bool = False, flag: bool = False, unit: str = "") -> Any:
+    """One row of the table. secret: never shown; flag: also a flag of `afterglow serve`."""
+    metadata = {"help": help, "secret": secret, "flag": flag, "unit": unit}
+    if default == {}:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """One model server. url: base URL ending in `/v1` as a rule; key: read from the variable `key_env`, if any.
+
+    models: names that only this server is asked for. inline_images: image URLs are fetched by us and sent as data
+    (None: decided by what kind of server answers). max_concurrency: calls at once, 0 for no limit.
+    """
+
+    name: str
+    url: str
+    key: str = field(default="", repr=False)
+    models: tuple[str, ...] = ()
+    max_concurrency: int = 0
+    inline_images: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What the operator says of one model. Tokens; None means not said."""
+
+    window_tokens: int | None = None
+    max_output_tokens: int | None = None
+    vision: bool | None = None
+    tools: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Read once by `app.py` and passed down."""
+
+    host: str = setting("127.0.0.1", "Address to listen on. Any address but loopback needs keys.", flag=True)
+    port: int = setting(8000, "Port to listen on; 0 takes a free one.", flag=True)
+    data: str = setting("./afterglow-data", "Folder for the database and the files.", flag=True)
+    model_url: str = setting(
+        "", "Base URL of an OpenAI-compatible model server. Empty: the built-in offline model answers.", flag=True
+    )
+    model_key: str = setting("", "API key for `model_url`.", secret=True, flag=True)
+    default_model: str = setting(
+        "", "Model that answers for names no server lists. Empty: the name is passed on as it is.", flag=True
+    )
+    aliases: Mapping[str, str] = setting(
+        {}, "Names apps ask for, and the models that answer: `gpt-4o=qwen3:32b`, comma-separated.", flag=True
+    )
+    root_path: str = setting("", "Path under which a proxy serves Afterglow, without `/v1`.", flag=True)
+    assistants: str = setting("", "TOML file that declares assistants with fixed ids.", flag=True)
+    log_format: str = setting("text", "`text` or `json`, on stderr.", flag=True)
+    log_level: str = setting("info", "`debug`, `info`, `warning` or `error`.", flag=True)
+    api_keys: tuple[str, ...] = setting(
+        (), "Keys accepted beside those of `afterglow keys`, comma-separated; `key` or `key:project`.", secret=True
+    )
+    allowed_origins: tuple[str, ...] = setting(
+        (), "Web origins whose pages may call this server, comma-separated. None by default."
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (), "Host names accepted in the Host header, beside loopback names and `host`; `*` accepts all."
+    )
+    max_body_mb: int = setting(32, "Largest JSON body.", unit="MB")
+    passthrough: bool = setting(True, "Pass routes that are not ours (`/chat/completions`, …) on to the upstream.")
+    history: str = setting(
+        "calls", "What of earlier runs the model sees: `calls` (messages and tool calls) or `messages`."
+    )
+    max_running_runs: int = setting(2000, "Runs executed at the same time by one process; the rest wait, queued.")
+    run_expires_s: int = setting(600, "A run that is not over by then expires.", unit="seconds")
+    run_lease_s: float = setting(
+        10.0,
+        "How long a worker may be silent before another takes over its run. Heartbeats come every third of it.",
+        unit="seconds",
+    )
+    connect_timeout_s: float = setting(5.0, "Connecting to a model server.", unit="seconds")
+    first_token_timeout_s: float = setting(300.0, "From the request to the model's first token.", unit="seconds")
+    model_retries: int = setting(3, "Tries more after a model server's 429, 5xx or refused connection.")
+    default_window_tokens: int = setting(
+        8192, "Window assumed for a model when neither configuration nor server tells it.", unit="tokens"
+    )
+    keep_alive_s: float = setting(15.0, "Silence on a stream after which a comment line is sent.", unit="seconds")
+    poll_after_ms: int = setting(
+        250, "Sent as `openai-poll-after-ms`: how long SDK helpers wait between polls.", unit="milliseconds"
+    )
+    event_flush_ms: int = setting(500, "How often streamed text is written to the database.", unit="milliseconds")
+    event_retention_h: int = setting(24, "How long the events of finished runs are kept.", unit="hours")
+    private_images: bool = setting(False, "Fetch image URLs that point to private, loopback or link-local addresses.")
+    upstreams: Mapping[str, Upstream] = setting({}, "Model servers by name (`[upstreams.NAME]` in the file).")
+    models: Mapping[str, ModelSettings] = setting({}, 'What is known of models (`[models."NAME"]` in the file).')
+
+
+PREFIX = "AFTERGLOW_"
+TABLES = {"upstreams", "models"}
+FLAGS = {"aliases": "--alias"}  # a flag that is not the setting's name
+ABOVE_ZERO = (
+    "max_running_runs",
+    "run_expires_s",
+    "run_lease_s",
+    "connect_timeout_s",
+    "first_token_timeout_s",
+    "default_window_tokens",
+    "max_body_mb",
+    "keep_alive_s",
+    "event_flush_ms",
+    "event_retention_h",
+)
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+    config: str | Path | None = None,
+) -> Settings:
+    """Put the settings together. flags: those given, by setting name. Raises ConfigError, naming the place."""
+    environ = os.environ if environ is None else environ
+    file = _read_file(config) if config else {}
+    known = {row.name for row in dataclasses.fields(Settings)}
+    for name in file:
+        if name not in known:
+            raise ConfigError(
+                f"{config}: unknown setting {name!r}. `afterglow serve --help` and docs/configuration.md list them."
+            )
+    values: dict[str, Any] = {}
+    for name, kind in get_type_hints(Settings).items():
+        if name in TABLES:
+            continue
+        for place, found in (
+            (FLAGS.get(name, "--" + name.replace("_", "-")), (flags or {}).get(name)),
+            (PREFIX + name.upper(), environ.get(PREFIX + name.upper())),
+            (f"{name} in {config}", file.get(name)),
+        ):
+            if found is not None:
+                values[name] = _convert(place, kind, found)
+                break
+    values["upstreams"] = {n: _upstream(n, t, environ) for n, t in _tables(file, "upstreams")}
+    values["models"] = {n: _model(n, t) for n, t in _tables(file, "models")}
+    settings = Settings(**values)
+    _check(settings)
+    return settings
+
+
+def _read_file(path: str | Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration file {path} is no TOML: {error}.") from None
+
+
+def _convert(place: str, kind: Any, value: Any) -> Any:
+    try:
+        if kind is bool:
+            return _boolean(value)
+        if kind is int:
+            return _whole(value)
+        if kind is float:
+            return _number(value)
+        if kind is str:
+            return value if isinstance(value, str) else _refuse(value)
+        if kind == Mapping[str, str]:
+            return _pairs(value)
+        return _texts(value)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}.") from None
+
+
+def _refuse(value: Any) -> Any:
+    raise ValueError(f"expected text, got a {type(value).__name__}")  # not the value: it may be a secret
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"expected a number, got {value!r}")
+    return number
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool | float):
+        raise ValueError(f"expected a whole number, got {value!r}")
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected a whole number, got {value!r}") from None
+
+
+def _boolean(value: Any) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if isinstance(value, bool):
+        return value
+    try:
+        return words[str(value).lower()]
+    except KeyError:
+        raise ValueError(f"expected on or off, got {value!r}") from None
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    parts = _split(value) if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+        raise ValueError("expected texts, as a list or comma-separated")
+    return tuple(parts)
+
+
+def _pairs(value: Any) -> dict[str, str]:
+    if isinstance(value, Mapping):
+        _texts(list(value.values()))
+        return dict(value)
+    pairs = {}
+    for part in (part for text in _texts(value) for part in _split(text)):
+        old, sign, new = part.partition("=")
+        if not (sign and old.strip() and new.strip()):
+            raise ValueError(f"expected OLD=NEW, got {part!r}")
+        pairs[old.strip()] = new.strip()
+    return pairs
+
+
+def _tables(file: Mapping[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    tables = file.get(name, {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        raise ConfigError(f"{name}: expected tables named [{name}.NAME].")
+    return list(tables.items())
+
+
+def _fits(table: Mapping[str, Any], kinds: Mapping[str, type]) -> bool:
+    return all(name in kinds and type(value) is kinds[name] for name, value in table.items())
+
+
+def _upstream(name: str, table: Mapping[str, Any], environ: Mapping[str, str]) -> Upstream:
+    kinds = {"url": str, "key_env": str, "models": list, "max_concurrency": int, "inline_images": bool}
+    models = table.get("models", [])
+    if not _fits(table, kinds) or "url" not in table or not all(isinstance(model, str) for model in models):
+        raise ConfigError(
+            f"[upstreams.{name}] takes url (needed) and key_env, texts; models, a list of texts; max_concurrency, a"
+            " whole number; and inline_images, true or false."
+        )
+    key_env = table.get("key_env", "")
+    if key_env and key_env not in environ:
+        raise ConfigError(f"[upstreams.{name}]: the variable {key_env} named by key_env is not set.")
+    return Upstream(
+        name=name,
+        url=table["url"],
+        key=environ.get(key_env, "") if key_env else "",
+        models=tuple(models),
+        max_concurrency=table.get("max_concurrency", 0),
+        inline_images=table.get("inline_images"),
+    )
+
+
+def _model(name: str, table: Mapping[str, Any]) -> ModelSettings:
+    kinds = {"window_tokens": int, "max_output_tokens": int, "vision": bool, "tools": bool}
+    if not _fits(table, kinds) or any(value < 1 for value in table.values() if type(value) is int):
+        raise ConfigError(
+            f'[models."{name}"] takes window_tokens and max_output_tokens, whole numbers above 0, and vision and tools,'
+            " true or false."
+        )
+    return ModelSettings(**table)
+
+
+def _check(settings: Settings) -> None:
+    for name, allowed in (
+        ("log_format", ("text", "json")),
+        ("log_level", ("debug", "info", "warning", "error")),
+        ("history", ("calls", "messages")),
+    ):
+        if getattr(settings, name) not in allowed:
+            raise ConfigError(f"{name}: expected {' or '.join(allowed)}, got {getattr(settings, name)!r}.")
+    for name in ABOVE_ZERO:
+        if getattr(settings, name) <= 0:
+            raise ConfigError(f"{name}: must be more than 0.")
+    for name in ("model_retries", "poll_after_ms"):
+        if getattr(settings, name) < 0:
+            raise ConfigError(f"{name}: must not be less than 0.")
+    if not 0 <= settings.port <= 65535:
+        raise ConfigError("port: must be between 0 and 65535.")
