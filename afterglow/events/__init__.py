@@ -1,0 +1,1 @@
+"""Live delivery of run events to those who follow them."""

@@ -1,0 +1,1 @@
+"""Waking the workers. What is queued is in the runs table."""

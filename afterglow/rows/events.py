@@ -1,0 +1,62 @@
+"""Rows of `events`: what was sent of a run, as bytes."""
+
+from __future__ import annotations
+
+from afterglow.contracts import Position, Segment, Transaction
+
+
+async def insert_segment(tx: Transaction, project: str, run_id: str, segment: Segment, now: int) -> None:
+    """Write a segment, unless its run is gone or another attempt has taken over."""
+    await tx.execute(
+        "INSERT INTO events (project_id, run_id, attempt, first_seq, last_seq, stop, created_at, data)"
+        " SELECT $1, $2, $3, $4, $5, $6, $7, $8"
+        " WHERE EXISTS (SELECT 1 FROM runs WHERE project_id = $1 AND id = $2 AND attempt = $3)",
+        project,
+        run_id,
+        segment.attempt,
+        segment.first,
+        segment.last,
+        segment.stop,
+        now,
+        segment.data,
+    )
+
+
+async def list_segments(tx: Transaction, project: str, run_id: str, after: Position) -> list[Segment]:
+    """All segments that hold an event after `after`, in order; the first may begin before it."""
+    rows = await tx.fetch(
+        "SELECT attempt, first_seq, last_seq, data, stop FROM events"
+        " WHERE project_id = $1 AND run_id = $2 AND (attempt, last_seq) > ($3, $4) AND LENGTH(data) > 0"
+        " ORDER BY attempt, first_seq",
+        project,
+        run_id,
+        after.attempt,
+        after.sequence,
+    )
+    return [Segment(attempt, first, last, bytes(data), stop) for attempt, first, last, data, stop in rows]
+
+
+async def get_last_position(tx: Transaction, project: str, run_id: str) -> Position:
+    """The place after the newest stored event."""
+    rows = await tx.fetch(
+        "SELECT attempt, last_seq FROM events WHERE project_id = $1 AND run_id = $2"
+        " ORDER BY attempt DESC, last_seq DESC LIMIT 1",
+        project,
+        run_id,
+    )
+    return Position(*rows[0]) if rows else Position(0, 0)
+
+
+async def delete_events_before(tx: Transaction, created_before: int, limit: int) -> int:
+    """Delete old segments of runs that are over; return how many."""
+    return await tx.execute(
+        "DELETE FROM events WHERE (project_id, run_id, attempt, first_seq) IN (SELECT e.project_id, e.run_id,"
+        " e.attempt, e.first_seq FROM events e JOIN runs r ON r.project_id = e.project_id AND r.id = e.run_id"
+        f" WHERE e.created_at < $1 AND r.holds_thread = 0 LIMIT {limit})",
+        created_before,
+    )
+
+
+async def blank_run_events(tx: Transaction, project: str, run_id: str) -> None:
+    """Take the text of a run's events away; their numbers stay taken, so that later ones go on after them."""
+    await tx.execute("UPDATE events SET data = $3 WHERE project_id = $1 AND run_id = $2", project, run_id, b"")

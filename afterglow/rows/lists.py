@@ -1,0 +1,69 @@
+"""Cursor lists: the one query shape that all list endpoints share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from afterglow.contracts import SqlValue, Transaction
+
+
+class ListPage(NamedTuple):
+    """objects: the wire's JSON texts in the order asked for; ids beside them; has_more: more follow that way."""
+
+    objects: list[str]
+    ids: list[str]
+    has_more: bool
+
+
+class UnknownCursor(Exception):
+    """`after` or `before` names nothing in this list. args: the parameter's name, and its value."""
+
+
+async def list_page(
+    tx: Transaction,
+    table: str,
+    where: str,
+    values: tuple[SqlValue, ...],
+    *,
+    limit: int,
+    order: str,
+    after: str | None,
+    before: str | None,
+) -> ListPage:
+    """One page of `table`, ordered by (created_at, seq, id).
+
+    where: conditions on `values` as `$1`…; its first two must be `project_id = $1` and whatever scopes cursors.
+    order: `asc` or `desc`. after, before: ids; both given means what lies between. With `before` alone, the page is
+    the one just before it, still in the order asked for. Raises UnknownCursor.
+    """
+    forward = before is None or after is not None
+    conditions, arguments = [where], list(values)
+    for name, cursor in (("after", after), ("before", before)):
+        if cursor is not None:
+            place = await _place(tx, table, where, values, name, cursor)
+            newer = (name == "after") == (order == "asc")
+            numbers = ", ".join(f"${len(arguments) + offset}" for offset in (1, 2, 3))
+            conditions.append(f"(created_at, seq, id) {'>' if newer else '<'} ({numbers})")
+            arguments += place
+    direction = "ASC" if (order == "asc") == forward else "DESC"
+    rows = await tx.fetch(
+        f"SELECT object, id FROM {table} WHERE {' AND '.join(conditions)}"
+        f" ORDER BY created_at {direction}, seq {direction}, id {direction} LIMIT {limit + 1}",
+        *arguments,
+    )
+    has_more = len(rows) > limit
+    rows = rows[:limit] if forward else rows[:limit][::-1]
+    return ListPage([row[0] for row in rows], [row[1] for row in rows], has_more)
+
+
+async def _place(
+    tx: Transaction, table: str, where: str, values: tuple[SqlValue, ...], name: str, cursor: str
+) -> list[SqlValue]:
+    rows = await tx.fetch(
+        f"SELECT created_at, seq, id FROM {table} WHERE {where} AND id = ${len(values) + 1}",
+        *values,
+        cursor,
+    )
+    if not rows:
+        raise UnknownCursor(name, cursor)
+    return list(rows[0])

@@ -1,0 +1,240 @@
+"""Rows of `runs`: the object, what its caller asked for, and who holds it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from afterglow.contracts import SqlValue, Transaction
+from afterglow.objects import Run, Usage
+from afterglow.rows.lists import ListPage, list_page
+
+
+class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What caller or assistant set, which the object shows only mixed with defaults.
+
+    include: the request's `include[]`. tool_choice and parallel_tool_calls as given; None means unset.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    reasoning_effort: str | None = None
+    response_format: object = None
+    tool_choice: object = None
+    parallel_tool_calls: bool | None = None
+    include: list[str] = []
+
+
+class RunRow(msgspec.Struct, kw_only=True):
+    """One run. spent: tokens used so far. deadline: Unix seconds. seq: its place among the thread's runs."""
+
+    project: str
+    run: Run
+    asked: RunAsked
+    spent: Usage
+    attempt: int
+    deadline: int
+    seq: int = 0
+
+
+_COLUMNS = "project_id, object, asked, spent, attempt, deadline, seq"
+
+
+def _row(columns: tuple[str, str, str, str, int, int, int]) -> RunRow:
+    project, text, asked, spent, attempt, deadline, seq = columns
+    return RunRow(
+        project=project,
+        run=msgspec.json.decode(text, type=Run),
+        asked=msgspec.json.decode(asked, type=RunAsked),
+        spent=msgspec.json.decode(spent, type=Usage),
+        attempt=attempt,
+        deadline=deadline,
+        seq=seq,
+    )
+
+
+async def get_run(tx: Transaction, project: str, thread_id: str, run_id: str) -> RunRow | None:
+    rows = await tx.fetch(
+        f"SELECT {_COLUMNS} FROM runs WHERE project_id = $1 AND id = $2 AND thread_id = $3",
+        project,
+        run_id,
+        thread_id,
+    )
+    return _row(rows[0]) if rows else None
+
+
+async def get_run_object(tx: Transaction, project: str, thread_id: str, run_id: str) -> tuple[str, str, int] | None:
+    """The object's text, the status and the deadline."""
+    rows = await tx.fetch(
+        "SELECT object, status, deadline FROM runs WHERE project_id = $1 AND id = $2 AND thread_id = $3",
+        project,
+        run_id,
+        thread_id,
+    )
+    return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
+
+
+async def get_active_run(tx: Transaction, project: str, thread_id: str) -> RunRow | None:
+    """The run that holds the thread, if any."""
+    rows = await tx.fetch(
+        f"SELECT {_COLUMNS} FROM runs WHERE project_id = $1 AND thread_id = $2 AND holds_thread = 1",
+        project,
+        thread_id,
+    )
+    return _row(rows[0]) if rows else None
+
+
+async def get_held_run(tx: Transaction, project: str, run_id: str, attempt: int) -> RunRow | None:
+    """The run, if `attempt` still is the one that may write to it."""
+    rows = await tx.fetch(
+        f"SELECT {_COLUMNS} FROM runs"
+        " WHERE project_id = $1 AND id = $2 AND attempt = $3 AND holds_thread = 1 AND worker IS NOT NULL",
+        project,
+        run_id,
+        attempt,
+    )
+    return _row(rows[0]) if rows else None
+
+
+async def list_runs(
+    tx: Transaction, project: str, thread_id: str, *, limit: int, order: str, after: str | None, before: str | None
+) -> ListPage:
+    return await list_page(
+        tx,
+        "runs",
+        "project_id = $1 AND thread_id = $2",
+        (project, thread_id),
+        limit=limit,
+        order=order,
+        after=after,
+        before=before,
+    )
+
+
+async def insert_run(tx: Transaction, row: RunRow) -> None:
+    run = row.run
+    await tx.execute(
+        "INSERT INTO runs (project_id, thread_id, id, seq, created_at, assistant_id, status, holds_thread, deadline,"
+        " asked, spent, object) VALUES ($1, $2, $3, $4, $5, $6, $7, 1, $8, $9, $10, $11)",
+        row.project,
+        run.thread_id,
+        run.id,
+        row.seq,
+        run.created_at,
+        run.assistant_id,
+        run.status,
+        row.deadline,
+        msgspec.json.encode(row.asked).decode(),
+        msgspec.json.encode(row.spent).decode(),
+        msgspec.json.encode(run).decode(),
+    )
+
+
+async def update_run(tx: Transaction, row: RunRow, *, active: bool, held: bool) -> None:
+    """Write object, status and spent tokens. active: it holds its thread; held: its worker keeps it."""
+    await tx.execute(
+        "UPDATE runs SET status = $3, holds_thread = $4, spent = $5, object = $6"
+        + ("" if held else ", worker = NULL, lease_until = NULL")
+        + " WHERE project_id = $1 AND id = $2",
+        row.project,
+        row.run.id,
+        row.run.status,
+        int(active),
+        msgspec.json.encode(row.spent).decode(),
+        msgspec.json.encode(row.run).decode(),
+    )
+
+
+# --- the queue -------------------------------------------------------------------------------------------------
+
+
+async def list_queued(tx: Transaction, limit: int) -> list[RunRow]:
+    """Queued runs of all projects, oldest first."""
+    rows = await tx.fetch(f"SELECT {_COLUMNS} FROM runs WHERE status = 'queued' ORDER BY created_at, seq LIMIT {limit}")
+    return [_row(row) for row in rows]
+
+
+async def list_abandoned(tx: Transaction, now: float, limit: int) -> list[RunRow]:
+    """Runs whose worker fell silent: in progress, or being cancelled, with no lease beyond `now`."""
+    rows = await tx.fetch(
+        f"SELECT {_COLUMNS} FROM runs WHERE status IN ('in_progress', 'cancelling') AND holds_thread = 1"
+        f" AND (lease_until IS NULL OR lease_until < $1) ORDER BY created_at, seq LIMIT {limit}",
+        now,
+    )
+    return [_row(row) for row in rows]
+
+
+async def list_overdue(tx: Transaction, now: float, limit: int) -> list[RunRow]:
+    """Active runs past their deadline that no living worker holds."""
+    rows = await tx.fetch(
+        f"SELECT {_COLUMNS} FROM runs WHERE status IN ('queued', 'in_progress', 'requires_action', 'cancelling')"
+        f" AND holds_thread = 1 AND deadline <= $1 AND (lease_until IS NULL OR lease_until < $1) LIMIT {limit}",
+        now,
+    )
+    return [_row(row) for row in rows]
+
+
+async def set_holder(tx: Transaction, row: RunRow, worker: str, lease_until: float) -> None:
+    """Make `worker` the one that may write to the run, as attempt `row.attempt`; writes object and status too."""
+    await tx.execute(
+        "UPDATE runs SET attempt = $3, worker = $4, lease_until = $5, status = $6, object = $7"
+        " WHERE project_id = $1 AND id = $2",
+        row.project,
+        row.run.id,
+        row.attempt,
+        worker,
+        lease_until,
+        row.run.status,
+        msgspec.json.encode(row.run).decode(),
+    )
+
+
+async def renew_leases(tx: Transaction, worker: str, lease_until: float) -> set[str]:
+    """Renew what `worker` holds; return the run ids."""
+    rows = await tx.fetch(
+        "UPDATE runs SET lease_until = $2 WHERE worker = $1 AND holds_thread = 1"
+        " AND status IN ('in_progress', 'cancelling') RETURNING id",
+        worker,
+        lease_until,
+    )
+    return {row[0] for row in rows}
+
+
+async def release_leases(tx: Transaction, worker: str | None = None) -> int:
+    """End the leases of one worker, or of all: for a start when no other process can be at work."""
+    values: tuple[SqlValue, ...] = () if worker is None else (worker,)
+    return await tx.execute(
+        "UPDATE runs SET lease_until = NULL WHERE holds_thread = 1 AND status IN ('in_progress', 'cancelling')"
+        + ("" if worker is None else " AND worker = $1"),
+        *values,
+    )
+
+
+async def release_run(tx: Transaction, project: str, run_id: str, attempt: int) -> int:
+    """End the lease of one run, if `attempt` still has it."""
+    return await tx.execute(
+        "UPDATE runs SET lease_until = NULL WHERE project_id = $1 AND id = $2 AND attempt = $3 AND worker IS NOT NULL",
+        project,
+        run_id,
+        attempt,
+    )
+
+
+# --- import ----------------------------------------------------------------------------------------------------
+
+
+async def insert_finished_run(tx: Transaction, project: str, run: Run, seq: int) -> None:
+    """Write a run that was over elsewhere: it holds no thread, and nobody will execute it."""
+    await tx.execute(
+        "INSERT INTO runs (project_id, thread_id, id, seq, created_at, assistant_id, status, holds_thread, deadline,"
+        " asked, spent, object) VALUES ($1, $2, $3, $4, $5, $6, $7, 0, $5, $8, $9, $10)",
+        project,
+        run.thread_id,
+        run.id,
+        seq,
+        run.created_at,
+        run.assistant_id,
+        run.status,
+        msgspec.json.encode(RunAsked()).decode(),
+        msgspec.json.encode(run.usage or Usage()).decode(),
+        msgspec.json.encode(run).decode(),
+    )

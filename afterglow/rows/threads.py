@@ -1,0 +1,127 @@
+"""Rows of `threads` and `thread_metadata`, and the sequence that a thread gives to what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from afterglow.contracts import Transaction
+from afterglow.objects import Thread
+from afterglow.rows.lists import ListPage, list_page
+
+# Everything that hangs on a thread. Events and stored answers carry its text as well.
+_OF_A_THREAD = (
+    "DELETE FROM events WHERE project_id = $1 AND run_id IN"
+    " (SELECT id FROM runs WHERE project_id = $1 AND thread_id = $2)",
+    "DELETE FROM model_calls WHERE project_id = $1 AND thread_id = $2",
+    "DELETE FROM steps WHERE project_id = $1 AND thread_id = $2",
+    "DELETE FROM runs WHERE project_id = $1 AND thread_id = $2",
+    "DELETE FROM messages WHERE project_id = $1 AND thread_id = $2",
+    "DELETE FROM thread_metadata WHERE project_id = $1 AND thread_id = $2",
+)
+
+
+async def get_thread_object(tx: Transaction, project: str, thread_id: str) -> str | None:
+    rows = await tx.fetch("SELECT object FROM threads WHERE project_id = $1 AND id = $2", project, thread_id)
+    return rows[0][0] if rows else None
+
+
+async def get_thread(tx: Transaction, project: str, thread_id: str) -> Thread | None:
+    text = await get_thread_object(tx, project, thread_id)
+    return None if text is None else msgspec.json.decode(text, type=Thread)
+
+
+async def list_threads(
+    tx: Transaction,
+    project: str,
+    metadata: Mapping[str, str],
+    *,
+    limit: int,
+    order: str,
+    after: str | None,
+    before: str | None,
+) -> ListPage:
+    """metadata: only threads that have all these pairs."""
+    where, values = "project_id = $1", [project]
+    for key, value in metadata.items():
+        where += (
+            " AND EXISTS (SELECT 1 FROM thread_metadata m WHERE m.project_id = $1 AND m.thread_id = threads.id"
+            f" AND m.key = ${len(values) + 1} AND m.value = ${len(values) + 2})"
+        )
+        values += [key, value]
+    return await list_page(tx, "threads", where, tuple(values), limit=limit, order=order, after=after, before=before)
+
+
+async def insert_thread(tx: Transaction, project: str, thread: Thread, seq: int) -> None:
+    await tx.execute(
+        "INSERT INTO threads (project_id, id, seq, created_at, object) VALUES ($1, $2, $3, $4, $5)",
+        project,
+        thread.id,
+        seq,
+        thread.created_at,
+        msgspec.json.encode(thread).decode(),
+    )
+    await _insert_metadata(tx, project, thread)
+
+
+async def update_thread(tx: Transaction, project: str, thread: Thread) -> None:
+    await tx.execute(
+        "UPDATE threads SET object = $3 WHERE project_id = $1 AND id = $2",
+        project,
+        thread.id,
+        msgspec.json.encode(thread).decode(),
+    )
+    await tx.execute("DELETE FROM thread_metadata WHERE project_id = $1 AND thread_id = $2", project, thread.id)
+    await _insert_metadata(tx, project, thread)
+
+
+async def _insert_metadata(tx: Transaction, project: str, thread: Thread) -> None:
+    for key, value in thread.metadata.items():
+        await tx.execute("INSERT INTO thread_metadata VALUES ($1, $2, $3, $4)", project, key, value, thread.id)
+
+
+async def delete_thread(tx: Transaction, project: str, thread_id: str) -> bool:
+    """Delete the thread and all that hangs on it."""
+    found = await tx.execute("DELETE FROM threads WHERE project_id = $1 AND id = $2", project, thread_id)
+    if not found:
+        return False
+    for statement in _OF_A_THREAD:
+        await tx.execute(statement, project, thread_id)
+    return True
+
+
+async def take_seq(tx: Transaction, project: str, thread_id: str, count: int = 1) -> int | None:
+    """Draw `count` numbers of the thread's sequence; return the first, or None when there is no such thread."""
+    rows = await tx.fetch(
+        "UPDATE threads SET last_seq = last_seq + $3 WHERE project_id = $1 AND id = $2 RETURNING last_seq",
+        project,
+        thread_id,
+        count,
+    )
+    return rows[0][0] - count + 1 if rows else None
+
+
+async def get_last_seq(tx: Transaction, project: str, thread_id: str) -> int:
+    rows = await tx.fetch("SELECT last_seq FROM threads WHERE project_id = $1 AND id = $2", project, thread_id)
+    return rows[0][0] if rows else 0
+
+
+async def insert_made_up_thread(tx: Transaction, project: str, thread: Thread) -> None:
+    """Write a thread of which only the messages are known. A negative seq tells so, until the thread itself comes."""
+    rows = await tx.fetch(
+        "SELECT MIN(seq) FROM threads WHERE project_id = $1 AND created_at = $2", project, thread.created_at
+    )
+    await insert_thread(tx, project, thread, min(int(rows[0][0] or 0), 0) - 1)
+
+
+async def replace_made_up_thread(tx: Transaction, project: str, thread: Thread, seq: int) -> None:
+    """Put the thread itself, with its own place, where a made-up one was; what hangs on it stays."""
+    await tx.execute(
+        "UPDATE threads SET created_at = $3, seq = $4 WHERE project_id = $1 AND id = $2",
+        project,
+        thread.id,
+        thread.created_at,
+        seq,
+    )
+    await update_thread(tx, project, thread)

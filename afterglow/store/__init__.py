@@ -1,0 +1,1 @@
+"""The database: drivers that run transactions, and the schema. The statements themselves are in `afterglow/rows/`."""

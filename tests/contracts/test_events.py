@@ -1,0 +1,531 @@
+"""What `contracts.Events` promises: whoever follows a run, from wherever and whenever, gets the same bytes, once and
+in order; and replay is what was stored."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, asynccontextmanager
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from afterglow.contracts import START, Events, Position, Segment, Stop, Store, Transaction
+from afterglow.errors import StoreFull
+from afterglow.events.local import LocalEvents
+from afterglow.objects import Run, Usage
+from afterglow.rows.events import insert_segment, list_segments
+from afterglow.rows.runs import RunAsked, RunRow, insert_run
+from afterglow.store.sqlite import SqliteStore
+from afterglow.testing import SetClock
+
+PROJECT = "default"
+_numbers = count(1)
+
+
+class FillableStore:
+    """A store whose disk can be full. Reads go on."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.full = False
+        self._refused = asyncio.Semaphore(0)
+        self.read = store.read
+        self.write_early = store.write_early
+        self.close = store.close
+
+    async def write(self, work):  # type: ignore[no-untyped-def]
+        if self.full:
+            self._refused.release()
+            raise StoreFull("no space left")
+        return await self._store.write(work)
+
+    async def refuses(self, times: int) -> None:
+        """Wait until so many more writes were refused."""
+        for _ in range(times):
+            await self._refused.acquire()
+
+
+@asynccontextmanager
+async def local_events(
+    store: Store, *, flush_ms: int = 1, keep_alive_s: float = 60.0
+) -> AsyncGenerator[LocalEvents, None]:
+    events = LocalEvents(store, SetClock(), flush_ms=flush_ms, keep_alive_s=keep_alive_s)
+    events.start()
+    try:
+        yield events
+    finally:
+        await events.close()
+
+
+# A new kind of events is another entry here.
+KINDS = {"local": local_events}
+
+
+@pytest.fixture(params=KINDS)
+def open_events(request: pytest.FixtureRequest):
+    """Opens events over a store, as a process does when it starts."""
+    return KINDS[request.param]
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncGenerator[FillableStore, None]:
+    opened = SqliteStore(tmp_path / "afterglow.db", readers=1)
+    yield FillableStore(opened)
+    await opened.close()
+
+
+@pytest.fixture
+async def events(open_events, store: Store) -> AsyncGenerator[Events, None]:
+    async with open_events(store) as opened:
+        yield opened
+
+
+class Writer:
+    """Says what happens to one run, as the worker that holds it does. said: all segments, one event each."""
+
+    def __init__(self, store: Store, events: Events) -> None:
+        self.store = store
+        self.events = events
+        self.run_id = f"run_{next(_numbers)}"
+        self.attempt = 0
+        self.sequence = 0
+        self.said: list[Segment] = []
+
+    async def start(self) -> Writer:
+        run = Run(id=self.run_id, created_at=0, assistant_id="asst_1", thread_id=f"thread_{self.run_id}", model="m")
+        row = RunRow(project=PROJECT, run=run, asked=RunAsked(), spent=Usage(), attempt=0, deadline=600)
+        await self.store.write(lambda tx: insert_run(tx, row))
+        return self
+
+    def _segment(self, size: int, stop: Stop = "") -> Segment:
+        made = []
+        for _ in range(size):
+            self.sequence += 1
+            place = (self.attempt, self.sequence)
+            made.append(
+                Segment(*place, self.sequence, b'event: e\ndata: "text of %d.%d"\nid: %d.%d\n\n' % (place + place))
+            )
+        self.said += made
+        return Segment(self.attempt, made[0].first, self.sequence, b"".join(one.data for one in made), stop)
+
+    def streams(self, size: int = 1) -> None:
+        """Text comes from the model."""
+        self.events.keep(PROJECT, self.run_id, self._segment(size))
+
+    async def commits(self, size: int = 1, stop: Stop = "") -> None:
+        """Something changes in a transaction, and is announced after it."""
+        parts = [*self.events.take_unwritten(self.run_id), self._segment(size, stop)]
+
+        async def work(tx: Transaction) -> None:
+            for part in parts:
+                await insert_segment(tx, PROJECT, self.run_id, part, 0)
+
+        await self.store.write(work)
+        self.events.announce(PROJECT, self.run_id, parts[-1])
+
+    async def is_taken_over(self) -> None:
+        """Another attempt goes on."""
+        self.attempt, self.sequence = self.attempt + 1, 0
+        attempt, run_id = self.attempt, self.run_id
+        await self.store.write(lambda tx: tx.execute("UPDATE runs SET attempt = $1 WHERE id = $2", attempt, run_id))
+
+    def bytes_after(self, place: Position) -> bytes:
+        return b"".join(one.data for one in self.said if (one.attempt, one.first) > place)
+
+    async def stored(self) -> bytes:
+        run_id = self.run_id
+        return b"".join(one.data for one in await self.store.read(lambda tx: list_segments(tx, PROJECT, run_id, START)))
+
+    async def is_written(self) -> None:
+        """Wait until everything said so far is in the database."""
+        while await self.stored() != self.bytes_after(START):
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def writer(store: Store, events: Events) -> Writer:
+    return await Writer(store, events).start()
+
+
+async def until_stop(events: Events, run_id: str, after: Position = START) -> bytes:
+    """What a follower gets up to the next stop."""
+    got = b""
+    async with aclosing(events.follow(PROJECT, run_id, after)) as batches:
+        async for batch in batches:
+            got += b"".join(segment.data for segment in batch)
+            if any(segment.stop for segment in batch):
+                return got
+    raise AssertionError(f"the stream ended without a stop, after {got!r}")
+
+
+def following(events: Events, run_id: str, after: Position = START) -> asyncio.Task[bytes]:
+    return asyncio.create_task(until_stop(events, run_id, after))
+
+
+# --- from where and when ---------------------------------------------------------------------------------------
+
+
+async def test_live_and_replay_are_the_same_bytes(writer: Writer, events: Events):
+    """Who follows from the start, and who comes when it is over, get what was stored, byte for byte."""
+    live = following(events, writer.run_id)
+    await writer.commits(2)
+    writer.streams(3)
+    writer.streams()
+    await writer.commits(3, "end")
+    expected = writer.bytes_after(START)
+    assert await live == expected
+    assert await until_stop(events, writer.run_id) == expected
+    assert await writer.stored() == expected
+
+
+async def test_text_is_followed_before_it_is_stored(store: FillableStore, open_events):
+    """What comes from the model reaches followers at once, though the database gets it later."""
+    async with open_events(store, flush_ms=60_000) as events:
+        writer = await Writer(store, events).start()
+        async with aclosing(events.follow(PROJECT, writer.run_id, START)) as batches:
+            writer.streams(2)
+            assert (await anext(batches))[0].data == writer.bytes_after(START)
+        assert await writer.stored() == b""
+
+
+@pytest.mark.parametrize("written", [False, True])
+async def test_following_begins_after_any_place(writer: Writer, events: Events, written: bool):
+    """From each event on, one gets exactly the rest, also from the midst of what was written as one piece."""
+    await writer.commits(2)
+    writer.streams(5)
+    writer.streams(5)
+    if written:
+        await writer.is_written()
+    await writer.commits()
+    await writer.is_taken_over()
+    await writer.commits(3)
+    await writer.commits(2, "end")
+    for place in (START, *(Position(one.attempt, one.first) for one in writer.said[:-1])):
+        assert await until_stop(events, writer.run_id, place) == writer.bytes_after(place)
+
+
+async def test_a_log_outlives_its_process(open_events, store: Store):
+    """After a restart one can follow from the start, and from the midst, into what happens next."""
+    async with open_events(store) as events:
+        writer = await Writer(store, events).start()
+        await writer.commits(2)
+        writer.streams(4)
+    assert await writer.stored() == writer.bytes_after(START)
+    async with open_events(store) as events:
+        writer.events = events
+        places = [START, Position(0, 3), Position(0, 6)]
+        tasks = [following(events, writer.run_id, place) for place in places]
+        await writer.is_taken_over()
+        await writer.commits(2)
+        writer.streams()
+        await writer.commits(1, "end")
+        for place, task in zip(places, tasks, strict=True):
+            assert await task == writer.bytes_after(place)
+
+
+async def test_a_place_beyond_a_dead_attempt_goes_on_at_the_next(open_events, store: Store):
+    """A client that saw more of an attempt than was stored goes on with the new attempt's first event."""
+    async with open_events(store) as events:
+        writer = await Writer(store, events).start()
+        await writer.commits(2)
+    async with open_events(store) as events:
+        writer.events = events
+        await writer.is_taken_over()
+        await writer.commits(2, "end")
+        assert await until_stop(events, writer.run_id, Position(0, 99)) == writer.bytes_after(Position(0, 99))
+        assert writer.bytes_after(Position(0, 99)) == writer.bytes_after(Position(0, 2)) != b""
+
+
+async def test_a_stream_goes_on_after_the_outputs(writer: Writer, events: Events):
+    """The part after `action` is followed from the place where it began."""
+    await writer.commits(2, "action")
+    place = Position(0, 2)
+    await writer.commits(1)
+    rest = following(events, writer.run_id, place)
+    await writer.is_taken_over()
+    await writer.commits(2)
+    await writer.commits(1, "end")
+    assert await rest == writer.bytes_after(place)
+
+
+async def test_runs_do_not_mix(store: Store, events: Events):
+    """Whoever follows one run hears nothing of another."""
+    writers = [await Writer(store, events).start() for _ in range(5)]
+    tasks = [following(events, writer.run_id) for writer in writers]
+    for _ in range(3):
+        for writer in writers:
+            writer.streams(2)
+            await writer.commits()
+    for writer in writers:
+        await writer.commits(1, "end")
+    assert await asyncio.gather(*tasks) == [writer.bytes_after(START) for writer in writers]
+
+
+async def test_projects_do_not_mix(writer: Writer, events: Events):
+    """What is stored of a run is not read under another project."""
+    await writer.commits(2, "end")
+    async with aclosing(events.follow("other", writer.run_id, START)) as batches:
+        waiting = asyncio.ensure_future(anext(batches))
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        await events.close()
+        with pytest.raises(StopAsyncIteration):
+            await waiting
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+async def test_text_is_written_in_batches(writer: Writer):
+    """Many pieces that came between two flushes make few rows, with nothing lost."""
+    await writer.commits()
+    for _ in range(100):
+        writer.streams()
+    await writer.is_written()
+    run_id = writer.run_id
+    rows = await writer.store.read(lambda tx: list_segments(tx, PROJECT, run_id, START))
+    assert len(rows) < 10
+    assert [row.first for row in rows[1:]] == [row.last + 1 for row in rows[:-1]]
+
+
+async def test_what_a_transaction_takes_is_written_once(store: Store, open_events):
+    """`take_unwritten` hands over each segment to one caller, in order."""
+    async with open_events(store, flush_ms=60_000) as events:
+        writer = await Writer(store, events).start()
+        writer.streams(2)
+        writer.streams(1)
+        taken = events.take_unwritten(writer.run_id)
+        assert b"".join(segment.data for segment in taken) == writer.bytes_after(START)
+        assert events.take_unwritten(writer.run_id) == []
+
+
+async def test_a_full_disk_loses_no_text(store: FillableStore, events: Events, writer: Writer):
+    """Text that could not be written is written when there is space again, in its place."""
+    await writer.commits()
+    store.full = True
+    writer.streams(3)
+    await store.refuses(2)
+    writer.streams(2)
+    await store.refuses(2)
+    store.full = False
+    await writer.is_written()
+    await writer.commits(1, "end")
+    assert await writer.stored() == writer.bytes_after(START) == await until_stop(events, writer.run_id)
+
+
+async def test_a_full_disk_keeps_the_order(store: FillableStore, events: Events, writer: Writer):
+    """A transaction that takes what a failed flush left writes it before its own."""
+    live = following(events, writer.run_id)
+    store.full = True
+    writer.streams(3)
+    await store.refuses(1)
+    writer.streams(2)
+    store.full = False
+    await writer.commits(1, "end")
+    assert await live == await writer.stored() == writer.bytes_after(START)
+
+
+async def test_a_dead_attempts_text_is_not_mixed_with_the_next(store: Store, open_events):
+    """When an attempt is taken over before its text was written, the next one's is stored whole and alone."""
+    async with open_events(store, flush_ms=60_000) as events:
+        writer = await Writer(store, events).start()
+        await writer.commits()
+        writer.streams(2)
+        lost = writer.said[-2:]
+        await writer.is_taken_over()
+        writer.streams(3)
+    assert await writer.stored() == b"".join(one.data for one in writer.said if one not in lost)
+
+
+async def test_a_run_that_is_gone_gets_no_rows(writer: Writer):
+    """Text that comes after a run was deleted is not written."""
+    run_id = writer.run_id
+    await writer.store.write(lambda tx: tx.execute("DELETE FROM runs WHERE id = $1", run_id))
+    writer.streams(3)
+    await writer.events.close()
+    assert await writer.stored() == b""
+
+
+# --- silence, and the end --------------------------------------------------------------------------------------
+
+
+async def test_silence_is_told(store: Store, open_events):
+    """In silence followers get empty lists, and no bytes that are not events; then the next event."""
+    async with open_events(store, keep_alive_s=0.01) as events:
+        writer = await Writer(store, events).start()
+        async with aclosing(events.follow(PROJECT, writer.run_id, START)) as batches:
+            for _ in range(3):
+                assert await anext(batches) == []
+            await writer.commits(1, "end")
+            while not (batch := await anext(batches)):
+                pass
+            assert [segment.data for segment in batch] == [writer.bytes_after(START)]
+
+
+async def test_no_batch_is_without_bytes(writer: Writer, events: Events):
+    """Every segment that a follower gets has something in it."""
+    writer.streams(3)
+    await writer.is_written()
+    async with aclosing(events.follow(PROJECT, writer.run_id, Position(0, 3))) as batches:
+        waiting = asyncio.ensure_future(anext(batches))
+        await asyncio.sleep(0)
+        await writer.commits(1, "end")
+        assert all(segment.data for segment in await waiting)
+
+
+async def test_closing_writes_the_rest_and_ends_every_stream(store: Store, open_events):
+    """After `close` all followers have ended, whatever they waited for, and all text is stored."""
+    async with open_events(store, flush_ms=60_000) as events:
+        writer = await Writer(store, events).start()
+
+        async def follow_on() -> bytes:
+            return b"".join([s.data async for batch in events.follow(PROJECT, writer.run_id, START) for s in batch])
+
+        tasks = [asyncio.create_task(follow_on()) for _ in range(3)]
+        writer.streams(2)
+        await asyncio.sleep(0.01)
+        await events.close()
+        assert await asyncio.gather(*tasks) == [writer.bytes_after(START)] * 3
+        assert await writer.stored() == writer.bytes_after(START)
+        writer.streams(1)
+        await events.close()
+        assert await writer.stored() == writer.bytes_after(START)
+        assert [batch async for batch in events.follow(PROJECT, "run_none", START)] == []
+
+
+async def test_memory_is_given_back(store: Store):
+    """A run that has stopped is kept in memory only while somebody follows it."""
+    async with local_events(store) as events:
+        writer = await Writer(store, events).start()
+        live = following(events, writer.run_id)
+        await writer.commits(2)
+        writer.streams(4)
+        assert list(events._feeds) == [writer.run_id]
+        await writer.commits(1, "action")
+        await live
+        assert events._feeds == {}
+        async with aclosing(events.follow(PROJECT, writer.run_id, START)) as batches:
+            await anext(batches)
+        assert events._feeds == {}
+        await writer.commits(1)
+        await writer.commits(1, "end")
+        assert events._feeds == {}
+        assert events._unwritten == {}
+
+
+async def test_a_follower_that_leaves_disturbs_nobody(writer: Writer, events: Events):
+    """Of two who follow, one is cancelled while it waits; the other gets everything."""
+    leaves, stays = following(events, writer.run_id), following(events, writer.run_id)
+    await writer.commits()
+    await asyncio.sleep(0)
+    leaves.cancel()
+    writer.streams(2)
+    await writer.commits(1, "end")
+    assert await stays == writer.bytes_after(START)
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+
+
+# --- any order -------------------------------------------------------------------------------------------------
+
+
+class Follow(NamedTuple):
+    """Begin to follow after the event that is this far (0 to 1) into what was said."""
+
+    share: float
+
+
+class Says(NamedTuple):
+    streamed: bool
+    size: int
+
+
+ACTS = st.one_of(
+    st.builds(Says, st.booleans(), st.integers(1, 3)),
+    st.builds(Follow, st.sampled_from([0.0, 0.5, 1.0])),
+    st.sampled_from(["flushed", "breathe", "taken over", "restart"]),
+)
+
+
+class Scene:
+    """A run, its writer and all who ever followed it."""
+
+    def __init__(self, store: Store, kind: str) -> None:
+        self.store = store
+        self.open = KINDS[kind]
+        self.followers: list[tuple[Position, asyncio.Task[bytes]]] = []
+
+    async def play(self, acts: list[object]) -> None:
+        self.opened = self.open(self.store)
+        self.writer = await Writer(self.store, await self.opened.__aenter__()).start()
+        try:
+            for act in acts:
+                await self.act(act)
+            await self.writer.commits(1, "end")
+            await self.check()
+        finally:
+            await self.opened.__aexit__(None, None, None)
+
+    async def act(self, act: object) -> None:
+        match act:
+            case Says(streamed=True, size=size):
+                self.writer.streams(size)
+            case Says(size=size):
+                await self.writer.commits(size)
+            case Follow(share=share):
+                said = self.writer.said
+                seen = said[: round(share * len(said))]
+                place = Position(seen[-1].attempt, seen[-1].first) if seen else START
+                self.followers.append((place, following(self.writer.events, self.writer.run_id, place)))
+            case "flushed":
+                await self.writer.is_written()
+            case "breathe":
+                await asyncio.sleep(0)
+            case "taken over":
+                await self.writer.commits()
+                await self.writer.is_taken_over()
+            case "restart":
+                await self.restart()
+
+    async def restart(self) -> None:
+        """The process ends well and another starts; those who follow come back to where they were."""
+        await self.opened.__aexit__(None, None, None)
+        for _, task in self.followers:
+            with pytest.raises(AssertionError, match="ended without a stop"):
+                await task
+        self.opened = self.open(self.store)
+        self.writer.events = await self.opened.__aenter__()
+        run_id = self.writer.run_id
+        self.followers = [(place, following(self.writer.events, run_id, place)) for place, _ in self.followers]
+
+    async def check(self) -> None:
+        writer = self.writer
+        for place, task in self.followers:
+            assert await task == writer.bytes_after(place)
+            assert await until_stop(writer.events, writer.run_id, place) == writer.bytes_after(place)
+        assert await writer.stored() == writer.bytes_after(START)
+
+
+@pytest.fixture(scope="module")
+def stage() -> Iterator[tuple[asyncio.Runner, Store]]:
+    """A loop and a database for many scenes."""
+    with TemporaryDirectory() as folder, asyncio.Runner() as runner:
+        store = SqliteStore(Path(folder) / "afterglow.db", readers=2)
+        yield runner, store
+        runner.run(store.close())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(acts=st.lists(ACTS, max_size=25))
+@settings(max_examples=150, deadline=None)
+def test_everyone_gets_the_same_bytes_once_and_in_order(stage, kind: str, acts: list[object]):
+    """However saying, writing, following and restarting are mixed, every follower gets all that comes after its
+    place, and replay gives it again."""
+    runner, store = stage
+    runner.run(Scene(store, kind).play(acts))
