@@ -1,0 +1,386 @@
+"""What callers and the clock do to runs: create, modify, cancel, give outputs, expire.
+
+Each is one transaction over row, events and steps; who waits is told after its commit. What the worker does to a run
+that it holds is in `loop.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import UNSET
+
+from afterglow.contracts import START, House, Position, Segment, Transaction
+from afterglow.errors import BadToolOutputs, InvalidRequest, NotFound, ThreadBusy
+from afterglow.ids import new_id
+from afterglow.objects import (
+    CreateRun,
+    CreateThreadAndRun,
+    LastError,
+    ModifyRun,
+    Run,
+    SubmitToolOutputs,
+    TruncationStrategy,
+    Usage,
+)
+from afterglow.rows import events as event_rows
+from afterglow.rows import runs as run_rows
+from afterglow.rows import steps as step_rows
+from afterglow.rows import threads as thread_rows
+from afterglow.rows.assistants import AssistantRow, get_assistant
+from afterglow.rows.runs import RunAsked, RunRow
+from afterglow.rows.steps import PlacedStep
+from afterglow.runs.closing import close_open_steps, close_step
+from afterglow.runs.states import HELD, TERMINAL, move_run
+from afterglow.runs.transcript import Event, Transcript, run_event, step_event, stop_of
+from afterglow.tools.function import stored_form
+
+
+class Happened(NamedTuple):
+    """What a transaction did to a run, for those who wait. run: as the caller is to see it. since: the place in the
+    event log just before `segment`."""
+
+    project: str
+    run: Run
+    since: Position
+    segment: Segment
+
+
+def tell(house: House, happened: Happened | None) -> None:
+    """After the commit: wake followers, and workers when there is something to do."""
+    if happened is None:
+        return
+    house.events.announce(happened.project, happened.run.id, happened.segment)
+    if happened.run.status == "queued":
+        house.queue.wake()
+
+
+# --- creating --------------------------------------------------------------------------------------------------
+
+
+def new_run(
+    house: House, thread_id: str, row: AssistantRow, body: CreateRun | CreateThreadAndRun, include: list[str]
+) -> tuple[Run, RunAsked]:
+    """The run that `body` asks of an assistant: each value is the body's, else the assistant's, else the default."""
+    assistant = row.assistant
+    now = int(house.clock.now())
+    asked = RunAsked(
+        temperature=_first(body.temperature, row.asked.temperature),
+        top_p=_first(body.top_p, row.asked.top_p),
+        reasoning_effort=_first(body.reasoning_effort, row.asked.reasoning_effort),
+        response_format=_first(plain(body.response_format), row.asked.response_format),
+        tool_choice=plain(body.tool_choice),
+        parallel_tool_calls=body.parallel_tool_calls,
+        include=include,
+    )
+    run = Run(
+        id=new_id("run"),
+        created_at=now,
+        assistant_id=assistant.id,
+        thread_id=thread_id,
+        expires_at=now + house.settings.run_expires_s,
+        model=body.model or assistant.model,
+        instructions=_instructions(assistant.instructions, body),
+        tools=assistant.tools if body.tools is None else [stored_form(tool) for tool in body.tools],
+        metadata=body.metadata or {},
+        temperature=_first(asked.temperature, 1.0),
+        top_p=_first(asked.top_p, 1.0),
+        reasoning_effort=asked.reasoning_effort,
+        max_prompt_tokens=body.max_prompt_tokens,
+        max_completion_tokens=body.max_completion_tokens,
+        truncation_strategy=body.truncation_strategy or TruncationStrategy(type="auto"),
+        tool_choice=_first(asked.tool_choice, "auto"),
+        parallel_tool_calls=_first(body.parallel_tool_calls, True),
+        response_format=_first(asked.response_format, "auto"),
+    )
+    _check_tool_choice(run)
+    strategy = run.truncation_strategy
+    if strategy.type == "last_messages" and strategy.last_messages is None:
+        path = "truncation_strategy.last_messages"
+        raise InvalidRequest(f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
+    return run, asked
+
+
+def _first(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def plain(value: Any) -> Any:
+    """A parsed part of a body as plain JSON data."""
+    return None if value is None or value is UNSET else msgspec.to_builtins(value)
+
+
+def _instructions(assistants: str | None, body: CreateRun | CreateThreadAndRun) -> str:
+    base = _first(body.instructions, assistants or "")
+    additional = body.additional_instructions if isinstance(body, CreateRun) else None
+    return f"{base}\n{additional}" if base and additional else base or additional or ""
+
+
+def _check_tool_choice(run: Run) -> None:
+    choice = run.tool_choice
+    if not isinstance(choice, dict):
+        return
+    kind = choice["type"]
+    wanted = choice["function"]["name"] if kind == "function" else kind
+    have = {tool["function"]["name"] if kind == "function" else kind for tool in run.tools if tool["type"] == kind}
+    if wanted not in have:
+        raise InvalidRequest(
+            f"Invalid value: '{wanted}'. 'tool_choice' names a tool that is not among the run's tools.",
+            param="tool_choice",
+            code="invalid_value",
+        )
+
+
+async def insert_run(
+    tx: Transaction,
+    house: House,
+    project: str,
+    thread_id: str,
+    body: CreateRun | CreateThreadAndRun,
+    include: list[str],
+    tool_resources: dict[str, Any] | None = None,
+) -> Happened:
+    """Queue a run on a thread that is known to be free."""
+    assistant = await get_assistant(tx, project, body.assistant_id)
+    if assistant is None:
+        raise _no_assistant(body.assistant_id)
+    run, asked = new_run(house, thread_id, assistant, body, include)
+    run.tool_resources = tool_resources or {}
+    seq = await thread_rows.take_seq(tx, project, thread_id)
+    row = RunRow(
+        project=project,
+        run=run,
+        asked=asked,
+        spent=Usage(),
+        attempt=0,
+        deadline=run.created_at + house.settings.run_expires_s,
+        seq=seq or 0,
+    )
+    await run_rows.insert_run(tx, row)
+    segment = Transcript(0).number([run_event(run, "created"), run_event(run)])
+    await event_rows.insert_segment(tx, project, run.id, segment, run.created_at)
+    return Happened(project, run, START, segment)
+
+
+def _no_assistant(assistant_id: str) -> NotFound | InvalidRequest:
+    if not assistant_id.startswith("asst"):
+        return InvalidRequest(
+            f"Invalid 'assistant_id': '{assistant_id}'. Expected an ID that begins with 'asst'.",
+            param="assistant_id",
+            code="invalid_value",
+        )
+    return NotFound.of("assistant", assistant_id)
+
+
+async def free_thread(tx: Transaction, house: House, project: str, thread_id: str) -> Happened | None:
+    """Make sure that a run can be put on the thread; an active run that is overdue is expired on the way.
+
+    Raises NotFound or ThreadBusy.
+    """
+    if await thread_rows.get_thread_object(tx, project, thread_id) is None:
+        raise NotFound.of("thread", thread_id)
+    active = await run_rows.get_active_run(tx, project, thread_id)
+    if active is None:
+        return None
+    expired = await expire_if_due(tx, house, active)
+    if expired is None:
+        raise ThreadBusy.for_run(thread_id, active.run.id)
+    return expired
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+async def retrieve_run(house: House, project: str, thread_id: str, run_id: str) -> str:
+    """The run's JSON; one that is overdue is expired first."""
+
+    async def look(tx: Transaction) -> tuple[str, str, int]:
+        found = await run_rows.get_run_object(tx, project, thread_id, run_id)
+        if found is None:
+            raise await missing_run(tx, project, thread_id, run_id)
+        return found
+
+    text, status, deadline = await house.store.read(look)
+    if status not in ("queued", "requires_action") or house.clock.now() < deadline:
+        return text
+
+    async def expire(tx: Transaction) -> tuple[RunRow, Happened | None]:
+        row = await _get_run(tx, project, thread_id, run_id)
+        return row, await expire_if_due(tx, house, row)
+
+    row, expired = await house.store.write(expire)
+    tell(house, expired)
+    return msgspec.json.encode(row.run).decode()
+
+
+# --- changing --------------------------------------------------------------------------------------------------
+
+
+async def modify_run(house: House, project: str, thread_id: str, run_id: str, body: ModifyRun) -> Run:
+    async def work(tx: Transaction) -> Run:
+        row = await _get_run(tx, project, thread_id, run_id)
+        if body.metadata is not UNSET:
+            row.run.metadata = body.metadata or {}
+        status = row.run.status
+        await run_rows.update_run(tx, row, active=status not in TERMINAL, held=status in HELD)
+        return row.run
+
+    return await house.store.write(work)
+
+
+async def cancel_run(house: House, project: str, thread_id: str, run_id: str) -> Run:
+    """Ask a run to stop. A run that nobody executes is cancelled at once; its answer still says `cancelling`.
+
+    Raises InvalidRequest when the run is over.
+    """
+
+    async def work(tx: Transaction) -> tuple[Run, Happened | None]:
+        row = await _get_run(tx, project, thread_id, run_id)
+        if expired := await expire_if_due(tx, house, row):
+            return expired.run, expired
+        if row.run.status == "cancelling":
+            return row.run, None
+        if row.run.status in HELD:
+            move_run(row.run, "cancel_asked", int(house.clock.now()))
+            await run_rows.update_run(tx, row, active=True, held=True)
+            return row.run, None
+        if row.run.status in TERMINAL:
+            return row.run, None
+        return await _cancel_unheld(tx, house, row)
+
+    run, happened = await house.store.write(work)
+    if run.status in TERMINAL:
+        tell(house, happened)
+        raise InvalidRequest(f"Cannot cancel run with status '{run.status}'.")
+    tell(house, happened)
+    house.queue.cancel(run_id)
+    return run
+
+
+async def _cancel_unheld(tx: Transaction, house: House, row: RunRow) -> tuple[Run, Happened]:
+    now = int(house.clock.now())
+    move_run(row.run, "cancel_asked", now)
+    answer = msgspec.structs.replace(row.run)
+    events = [run_event(row.run)]
+    move_run(row.run, "stopped", now, usage=row.spent)
+    events += await close_open_steps(tx, row.project, row.run, now)
+    return answer, await _write(tx, house, row, [*events, run_event(row.run)])
+
+
+async def submit_tool_outputs(
+    house: House, project: str, thread_id: str, run_id: str, body: SubmitToolOutputs
+) -> Happened:
+    """Answer all calls that a run waits for, and queue it again.
+
+    Raises BadToolOutputs, and the run goes on waiting, unless the ids are exactly those expected, in any order;
+    InvalidRequest when it does not wait.
+    """
+    given = {output.tool_call_id: output.output for output in body.tool_outputs}
+    got = [output.tool_call_id for output in body.tool_outputs]
+
+    async def work(tx: Transaction) -> Happened | None:
+        row = await _get_run(tx, project, thread_id, run_id)
+        if expired := await expire_if_due(tx, house, row):
+            return expired
+        if row.run.status != "requires_action":
+            raise _no_outputs_in(row.run.status)
+        expected = _awaited(row.run)
+        if sorted(got) != sorted(expected):
+            raise BadToolOutputs(expected, got)
+        now = int(house.clock.now())
+        events: list[Event] = []
+        for placed in await step_rows.list_open_steps(tx, project, run_id):
+            _close_answered(house, placed, given, now)
+            await step_rows.update_step(tx, project, placed.step)
+            events.append(step_event(placed.step))
+        move_run(row.run, "outputs_given", now)
+        return await _write(tx, house, row, [*events, run_event(row.run)])
+
+    happened = await house.store.write(work)
+    assert happened is not None
+    tell(house, happened)
+    if happened.run.status != "queued":
+        raise _no_outputs_in(happened.run.status)
+    return happened
+
+
+def _close_answered(house: House, placed: PlacedStep, given: dict[str, str], now: int) -> None:
+    """Put the outputs into their step and close it; it failed when it also called a tool whose engine is off."""
+    calls = placed.step.step_details["tool_calls"]
+    for call in calls:
+        if call["type"] == "function":
+            call["function"]["output"] = given[call["id"]]
+    kinds = {call["type"] for call in calls}
+    reasons = [reason for kind, reason in house.engines_off.items() if kind in kinds]
+    error = LastError("server_error", " ".join(reasons)) if reasons else None
+    close_step(placed.step, "failed" if error else "completed", now, placed.usage, error)
+
+
+def _no_outputs_in(status: str) -> InvalidRequest:
+    return InvalidRequest(f'Runs in status "{status}" do not accept tool outputs.')
+
+
+def _awaited(run: Run) -> list[str]:
+    assert run.required_action is not None
+    return [call["id"] for call in run.required_action["submit_tool_outputs"]["tool_calls"]]
+
+
+async def _get_run(tx: Transaction, project: str, thread_id: str, run_id: str) -> RunRow:
+    row = await run_rows.get_run(tx, project, thread_id, run_id)
+    if row is None:
+        raise await missing_run(tx, project, thread_id, run_id)
+    return row
+
+
+async def missing_run(tx: Transaction, project: str, thread_id: str, run_id: str) -> NotFound:
+    """Which of the two is missing, thread or run."""
+    if await thread_rows.get_thread_object(tx, project, thread_id) is None:
+        return NotFound.of("thread", thread_id)
+    return NotFound.of("run", run_id)
+
+
+# --- expiring --------------------------------------------------------------------------------------------------
+
+
+async def expire_if_due(tx: Transaction, house: House, row: RunRow) -> Happened | None:
+    """Expire a run that is past its deadline and held by nobody; the worker sees to those that it holds."""
+    if row.run.status not in ("queued", "requires_action") or house.clock.now() < row.deadline:
+        return None
+    return await _expire(tx, house, row)
+
+
+async def expire_overdue(house: House, limit: int, executing: Collection[str] = ()) -> int:
+    """Expire what is past its deadline and held by nobody, or by a worker that died; return how many.
+
+    executing: ids of runs that this process has in hand, and ends itself.
+    """
+
+    async def work(tx: Transaction) -> list[Happened]:
+        overdue = await run_rows.list_overdue(tx, house.clock.now(), limit)
+        return [await _expire(tx, house, row) for row in overdue if row.run.id not in executing]
+
+    happened = await house.store.write(work)
+    for one in happened:
+        tell(house, one)
+    return len(happened)
+
+
+async def _expire(tx: Transaction, house: House, row: RunRow) -> Happened:
+    now = int(house.clock.now())
+    move_run(row.run, "timed_out", now, usage=row.spent)
+    events = await close_open_steps(tx, row.project, row.run, now)
+    return await _write(tx, house, row, [*events, run_event(row.run)])
+
+
+async def _write(tx: Transaction, house: House, row: RunRow, events: list[Event]) -> Happened:
+    """Write a run that no worker holds, with the events of what happened to it."""
+    since = await event_rows.get_last_position(tx, row.project, row.run.id)
+    transcript = Transcript(row.attempt, since.sequence if since.attempt == row.attempt else 0)
+    segment = transcript.number(events, stop_of(row.run))
+    await run_rows.update_run(tx, row, active=row.run.status not in TERMINAL, held=False)
+    await event_rows.insert_segment(tx, row.project, row.run.id, segment, int(house.clock.now()))
+    return Happened(
+        row.project, msgspec.structs.replace(row.run), Position(segment.attempt, segment.first - 1), segment
+    )

@@ -1,0 +1,617 @@
+"""Executing one attempt of one run: context → model → tool calls → … → a stop.
+
+A step is opened in one transaction and closed in one: step, message, usage, status and events together. Each such
+transaction first makes sure that this attempt still holds the run (fencing), and its events are announced when it is
+committed. Text goes to followers as it comes and to the database in batches.
+
+What interrupts an attempt (a cancel, the deadline, a lost lease) is asked for from outside with `interrupt`, and takes
+effect while the model is awaited, never in the middle of a transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from afterglow.contracts import (
+    ChatRequest,
+    Delta,
+    House,
+    ModelEnd,
+    RefusalDelta,
+    Segment,
+    TextDelta,
+    ToolCallDelta,
+    Transaction,
+)
+from afterglow.errors import ContextOverflow, LostLease, ModelBroke, ModelError, ModelRefused, StoreError
+from afterglow.ids import new_id
+from afterglow.objects import IncompleteDetails, LastError, Message, RunStep, Usage
+from afterglow.rows import events as event_rows
+from afterglow.rows import messages as message_rows
+from afterglow.rows import runs as run_rows
+from afterglow.rows import steps as step_rows
+from afterglow.rows import threads as thread_rows
+from afterglow.rows.model_calls import ModelCall, insert_model_call
+from afterglow.rows.runs import RunRow
+from afterglow.runs.closing import InHand, close_open_steps, close_step
+from afterglow.runs.context import Calibration, chat_messages, estimate_tokens
+from afterglow.runs.interrupt import Interrupt, Interrupted
+from afterglow.runs.prompt import Prompt, PromptRules, chat_response_format, read_prompt
+from afterglow.runs.states import HELD, TERMINAL, RunEvent, end_message, move_run
+from afterglow.runs.transcript import (
+    Event,
+    Transcript,
+    message_delta,
+    message_event,
+    run_event,
+    step_delta,
+    step_event,
+    stop_of,
+    text_delta_head,
+)
+from afterglow.runs.turn import Call, ModelTurn, first_delta, required_action, with_reason
+from afterglow.telemetry import log
+from afterglow.tools.function import ToolKind, chat_tool_choice, offer
+
+T = TypeVar("T")
+STORE_RETRY_S = 1.0
+TURNS_FOR_NOTHING = 2  # after as many turns of calls to tools whose engine is off, these are offered no more
+FILTERED = "The model's answer was stopped by its server's content filter."
+
+
+class Execution:
+    """One attempt. Made by the worker, which also renews its lease and calls `interrupt.ask`."""
+
+    def __init__(
+        self,
+        house: House,
+        row: RunRow,
+        transcript: Transcript,
+        calibration: Calibration,
+        started: list[Segment],
+        task: asyncio.Task[None],
+    ) -> None:
+        """row: as claimed. transcript: after the claim's events, which are `started` and not yet announced.
+        task: the one that will call `run`."""
+        self.house = house
+        self.row = row
+        self.interrupt = Interrupt(task)
+        self._transcript = transcript
+        self._calibration = calibration
+        self._started = started
+        self._unwritten: list[Segment] = []
+        self._offered = offer(row.run.tools)
+        self._turn: ModelTurn | None = None
+        self._budget_cap: int | None = None  # what an overflow without a number has taught this attempt
+        self._overflowed = False
+        self._turns_for_nothing = 0
+
+    # --- the way through a run ---------------------------------------------------------------------------------
+
+    async def run(self, committed: Awaitable[None]) -> None:
+        """Execute until the run stops. committed: ends when the claim is durable.
+
+        Raises LostLease when another attempt has taken over; then nothing more was written.
+        """
+        # Followers hear of the start as soon as it is durable, however long the model keeps silent.
+        asyncio.ensure_future(committed).add_done_callback(self._claim_committed)
+        if self.row.run.status == "cancelling":
+            self.interrupt.ask("cancelled")
+        try:
+            if reason := self._demanded_engine_off():
+                return await self._stop("broke", LastError("server_error", reason))
+            while await self._take_turn(committed):
+                pass
+        except Interrupted as interrupted:
+            if interrupted.why == "lost":
+                raise LostLease(self.row.run.id) from None
+            await self._stop("stopped" if interrupted.why == "cancelled" else "timed_out")
+        except ModelError as error:
+            # The server's own words may quote the prompt: they are for the run's owner, not for the log.
+            log.warning("Run %s failed: %s of %s.", self.row.run.id, type(error).__name__, self.row.run.model)
+            await self._stop("broke", LastError(error.code, str(error)))
+
+    async def fail(self, message: str) -> None:
+        """End the run because of a fault of ours."""
+        await self._stop("broke", LastError("server_error", message))
+
+    async def _take_turn(self, committed: Awaitable[None]) -> bool:
+        """Call the model once and do what it says; return whether it must be called again."""
+        run = self.row.run
+        prompt = await self._read_prompt()
+        if run.max_prompt_tokens is not None and prompt.needed_tokens > run.max_prompt_tokens - self._spent_prompt():
+            await self._stop("ran_out", incomplete="max_prompt_tokens")
+            return False
+        completion_left = self._completion_left()
+        if completion_left is not None and completion_left <= 0:
+            await self._stop("ran_out", incomplete="max_completion_tokens")
+            return False
+        request = self._request(prompt, completion_left)
+        if self.house.models.wants_inline_images(run.model):
+            await self._inline_images(request)
+        self.interrupt.check()  # or a call that was never made would be recorded
+        self._turn = turn = ModelTurn(prompt, request)
+        try:
+            await self._listen(turn, committed)
+        except ContextOverflow as overflow:
+            if not self._can_truncate_again(overflow):
+                raise
+            return True
+        return await self._finish_turn(turn)
+
+    async def _read_prompt(self) -> Prompt:
+        # A server that is asked for the first time may keep silent as well as its model.
+        info = await self.interrupt.wait(lambda: self.house.models.info(self.row.run.model))
+        if info.tools is False:
+            self._offer_nothing()
+        rules = PromptRules(
+            self.row,
+            self._offered,
+            info,
+            self._calibration,
+            self.house.settings.history,
+            chat_response_format(self.row.asked.response_format),
+            self._budget_cap,
+        )
+
+        async def work(tx: Transaction) -> Prompt:
+            return await read_prompt(tx, rules)
+
+        return await self.house.store.read(work)
+
+    def _offer_nothing(self) -> None:
+        """The operator says that the model takes no tools. Raises ModelRefused when the caller demands one."""
+        if self.row.asked.tool_choice not in (None, "auto", "none"):
+            raise ModelRefused(f"The model {self.row.run.model!r} takes no tools, and tool_choice demands one.")
+        self._offered = offer([])
+
+    def _can_truncate_again(self, overflow: ContextOverflow) -> bool:
+        """Once per attempt: believe the limit that the server named, or half of what we took it for."""
+        if self._overflowed or self.row.run.truncation_strategy.type != "auto" or self._turn is None:
+            return False
+        self._overflowed = True
+        prompt, self._turn = self._turn.prompt, None
+        if overflow.window_tokens is None:
+            self._budget_cap = prompt.budget_tokens // 2
+        else:
+            self.house.models.learn_window(self.row.run.model, overflow.window_tokens)
+            if prompt.needed_tokens < overflow.window_tokens:
+                self._calibration.overflowed(self.row.run.model)
+        log.info("Run %s was longer than the model's window; it is cut further and tried again.", self.row.run.id)
+        return True
+
+    def _request(self, prompt: Prompt, completion_left: int | None) -> ChatRequest:
+        run, asked = self.row.run, self.row.asked
+        first = not any(turn.own for turn in prompt.cut.turns)
+        choice = asked.tool_choice if first or asked.tool_choice == "none" else None
+        return ChatRequest(
+            model=run.model,
+            messages=chat_messages(run.instructions, prompt.cut.turns),
+            tools=self._offered.tools,
+            tool_choice=chat_tool_choice(choice, self._offered),
+            parallel_tool_calls=asked.parallel_tool_calls if self._offered.tools else None,
+            response_format=chat_response_format(asked.response_format),
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            reasoning_effort=asked.reasoning_effort,
+            max_tokens=completion_left,
+        )
+
+    async def _inline_images(self, request: ChatRequest) -> None:
+        """Put fetched images in the place of their URLs."""
+        for message in request.messages:
+            for part in message["content"] if isinstance(message["content"], list) else []:
+                if part["type"] == "image_url" and not part["image_url"]["url"].startswith("data:"):
+                    fetching = partial(self.house.images.data_url, part["image_url"]["url"])
+                    part["image_url"] = {**part["image_url"], "url": await self.interrupt.wait(fetching)}
+
+    def _spent_prompt(self) -> int:
+        return self.row.spent.prompt_tokens
+
+    def _completion_left(self) -> int | None:
+        limit = self.row.run.max_completion_tokens
+        return None if limit is None else limit - self.row.spent.completion_tokens
+
+    def _demanded_engine_off(self) -> str | None:
+        """Why the run cannot be: its tool_choice demands a tool whose engine is off."""
+        choice = self.row.asked.tool_choice
+        kind = choice.get("type") if isinstance(choice, dict) else None
+        return self.house.engines_off.get(kind) if kind else None
+
+    # --- listening to the model --------------------------------------------------------------------------------
+
+    async def _listen(self, turn: ModelTurn, committed: Awaitable[None]) -> None:
+        """Stream one model call. The call is made at once; only announcing waits for the claim's commit."""
+        async with aclosing(self.house.models.stream(turn.request)) as stream:
+            batch = await self.interrupt.next(stream)
+            turn.first_token_ms = round((time.monotonic() - turn.started) * 1000)
+            await self._announce_start(committed)
+            while batch:
+                await self._take(turn, batch)
+                if turn.end is not None:
+                    return
+                batch = await self.interrupt.next(stream)
+        raise ModelBroke(f"The stream of {self.row.run.model} ended without saying why.")
+
+    async def _announce_start(self, committed: Awaitable[None]) -> None:
+        if self._started:
+            await asyncio.shield(asyncio.ensure_future(committed))
+            self._announce()
+
+    def _claim_committed(self, committed: asyncio.Future[None]) -> None:
+        if not committed.cancelled() and committed.exception() is None:
+            self._announce()
+
+    async def _take(self, turn: ModelTurn, batch: list[Delta]) -> None:
+        """Act on deltas that arrived together; runs of text become one segment."""
+        pieces: list[str] = []
+        for delta in batch:
+            if isinstance(delta, TextDelta) and not turn.calls:
+                pieces.append(delta.text)
+                continue
+            if pieces:
+                await self._take_text(turn, pieces)
+                pieces = []
+            if isinstance(delta, ToolCallDelta):
+                await self._take_call(turn, delta)
+            elif isinstance(delta, RefusalDelta) and not turn.calls:
+                await self._take_refusal(turn, delta.text)
+            elif isinstance(delta, ModelEnd):
+                turn.end = delta
+        if pieces:
+            await self._take_text(turn, pieces)
+
+    async def _take_text(self, turn: ModelTurn, pieces: list[str]) -> None:
+        if turn.message is None:
+            await self._open_message(turn)
+        if not turn.text:
+            # The first delta of a part names its (empty) annotations.
+            assert turn.message is not None
+            first: dict[str, Any] = {"value": pieces[0], "annotations": []}
+            index = 1 if turn.refusal else 0
+            turn.head = text_delta_head(turn.message.id, index)
+            self._keep([message_delta(turn.message.id, [{"index": index, "type": "text", "text": first}])])
+            turn.text.append(pieces[0])
+            pieces = pieces[1:]
+        if pieces:
+            turn.text += pieces
+            segment = self._transcript.text(turn.head, pieces)
+            self.house.events.keep(self.row.project, self.row.run.id, segment)
+
+    async def _take_refusal(self, turn: ModelTurn, piece: str) -> None:
+        if turn.message is None:
+            await self._open_message(turn)
+        assert turn.message is not None
+        if not turn.refusal:
+            turn.refusal_index = 1 if turn.text else 0
+        turn.refusal.append(piece)
+        delta = {"index": turn.refusal_index, "type": "refusal", "refusal": piece}
+        self._keep([message_delta(turn.message.id, [delta])])
+
+    async def _take_call(self, turn: ModelTurn, delta: ToolCallDelta) -> None:
+        if not turn.calls:
+            await self._open_calls(turn)
+        assert turn.step is not None
+        if delta.index and self.row.asked.parallel_tool_calls is False:
+            return  # a server that ignores the request for one call at a time
+        if delta.index >= len(turn.calls):
+            kind = self._offered.kinds.get(delta.name, "function")
+            turn.calls.append(Call(delta.id, delta.name, kind))
+            self._keep([step_delta(turn.step.id, [{"index": delta.index, **first_delta(turn.calls[-1])}])])
+        call = turn.calls[delta.index]
+        if not delta.arguments:
+            return
+        call.arguments.append(delta.arguments)
+        if call.kind == "function":
+            piece = {"index": delta.index, "type": "function", "function": {"arguments": delta.arguments}}
+            self._keep([step_delta(turn.step.id, [piece])])
+
+    # --- opening and closing steps -----------------------------------------------------------------------------
+
+    async def _open_message(self, turn: ModelTurn) -> None:
+        """One transaction: the step and its message, both in progress."""
+        now = int(self.house.clock.now())
+        run = self.row.run
+        message = Message(
+            id=new_id("msg"),
+            created_at=now,
+            thread_id=run.thread_id,
+            status="in_progress",
+            role="assistant",
+            assistant_id=run.assistant_id,
+            run_id=run.id,
+        )
+        details = {"type": "message_creation", "message_creation": {"message_id": message.id}}
+        step = self._new_step("message_creation", details, now)
+
+        async def work(tx: Transaction, row: RunRow) -> list[Event]:
+            seq = await self._draw(tx, 2)
+            await step_rows.insert_step(tx, row.project, step, seq, row.attempt)
+            await message_rows.insert_message(tx, row.project, message, seq + 1)
+            await message_rows.hide_left_behind(tx, row.project, run.id)
+            return [
+                step_event(step, "created"),
+                step_event(step, "in_progress"),
+                message_event(message, "created"),
+                message_event(message, "in_progress"),
+            ]
+
+        await self._commit(work)
+        turn.message, turn.step = message, step
+
+    async def _open_calls(self, turn: ModelTurn) -> None:
+        """One transaction: close the text that came first, if any, and open the step of this turn's calls."""
+        now = int(self.house.clock.now())
+        step = self._new_step("tool_calls", {"type": "tool_calls", "tool_calls": []}, now)
+
+        async def work(tx: Transaction, row: RunRow) -> list[Event]:
+            events: list[Event] = []
+            if turn.message is not None:
+                # The whole usage of this model call goes to the step of its tool calls.
+                events += await self._close_text(tx, row, turn, now, Usage())
+            await step_rows.insert_step(tx, row.project, step, await self._draw(tx, 1), row.attempt)
+            await message_rows.hide_left_behind(tx, row.project, row.run.id)
+            return [*events, step_event(step, "created"), step_event(step, "in_progress")]
+
+        await self._commit(work)
+        turn.message, turn.step = None, step
+
+    def _new_step(self, kind: Literal["message_creation", "tool_calls"], details: dict[str, Any], now: int) -> RunStep:
+        run = self.row.run
+        return RunStep(
+            id=new_id("step"),
+            created_at=now,
+            run_id=run.id,
+            assistant_id=run.assistant_id,
+            thread_id=run.thread_id,
+            type=kind,
+            expires_at=run.expires_at,
+            step_details=details,
+        )
+
+    async def _draw(self, tx: Transaction, count: int) -> int:
+        seq = await thread_rows.take_seq(tx, self.row.project, self.row.run.thread_id, count)
+        if seq is None:
+            raise LostLease(self.row.run.id)
+        return seq
+
+    async def _close_text(self, tx: Transaction, row: RunRow, turn: ModelTurn, now: int, usage: Usage) -> list[Event]:
+        assert turn.message is not None
+        assert turn.step is not None
+        # Copies: should the commit fail, this is done again.
+        message = msgspec.structs.replace(turn.message, content=turn.content)
+        stored = await message_rows.get_message(tx, row.project, message.thread_id, message.id)
+        message.metadata = stored.metadata if stored else {}  # a caller may have set it since
+        step = msgspec.structs.replace(turn.step)
+        end_message(message, now)
+        await message_rows.update_message(tx, row.project, message)
+        close_step(step, "completed", now, usage)
+        await step_rows.update_step(tx, row.project, step)
+        return [message_event(message), step_event(step)]
+
+    async def _finish_turn(self, turn: ModelTurn) -> bool:
+        """The model is done: close its step and move the run. Return whether another turn follows."""
+        end = turn.end
+        assert end is not None
+        turn.usage = usage = end.usage or self._estimated_usage(turn)
+        self._calibrate(turn, end.usage)
+        if end.finish_reason == "content_filter":
+            await self._stop("broke", LastError("invalid_prompt", FILTERED), message_reason="content_filter")
+            return False
+        if reason := self._ran_out(turn, usage):
+            await self._stop("ran_out", incomplete=reason)
+            return False
+        if turn.calls:
+            return await self._close_calls(turn, usage)
+        if turn.message is None:
+            await self._take_text(turn, [""])
+        await self._answer(turn, usage)
+        return False
+
+    def _ran_out(self, turn: ModelTurn, usage: Usage) -> str | None:
+        run, end = self.row.run, turn.end
+        spent = self.row.spent.plus(usage)
+        if run.max_prompt_tokens is not None and spent.prompt_tokens > run.max_prompt_tokens:
+            return "max_prompt_tokens"
+        limit = run.max_completion_tokens
+        if (end and end.finish_reason == "length") or (limit is not None and spent.completion_tokens > limit):
+            return "max_completion_tokens"
+        return None
+
+    def _estimated_usage(self, turn: ModelTurn) -> Usage:
+        """For servers that report none; the model-call row then holds no usage, and so tells the two apart."""
+        texts = [*turn.text, *turn.refusal, *(piece for call in turn.calls for piece in (call.name, *call.arguments))]
+        completion = estimate_tokens("".join(texts))
+        prompt = turn.prompt.needed_tokens
+        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+
+    def _calibrate(self, turn: ModelTurn, reported: Usage | None) -> None:
+        if reported is None:
+            return
+        estimated = sum(turn.prompt.estimated.values())
+        if estimated > 2000 and reported.prompt_tokens < estimated / 3:
+            log.warning(
+                "The server of %s counted %d tokens of a prompt that we estimate at %d: it may have cut it.",
+                self.row.run.model,
+                reported.prompt_tokens,
+                estimated,
+            )
+            return
+        self._calibration.learn(self.row.run.model, estimated, reported.prompt_tokens)
+
+    async def _answer(self, turn: ModelTurn, usage: Usage) -> None:
+        """One transaction: message, step, model call and run, all completed."""
+        now = int(self.house.clock.now())
+
+        async def work(tx: Transaction, row: RunRow) -> list[Event]:
+            events = await self._close_text(tx, row, turn, now, usage)
+            await self._record_call(tx, row, turn, usage)
+            move_run(row.run, "answered", now, usage=row.spent)
+            return [*events, run_event(row.run)]
+
+        await self._commit(work)
+
+    async def _close_calls(self, turn: ModelTurn, usage: Usage) -> bool:
+        """One transaction: wait for the caller's outputs, or, when all calls were server-side, go on."""
+        now = int(self.house.clock.now())
+        waiting = [call for call in turn.calls if call.kind == "function"]
+        reasons: dict[ToolKind, str] = {
+            call.kind: self._engine_off(call.kind) for call in turn.calls if call.kind != "function"
+        }
+        opened = turn.step
+        assert opened is not None
+
+        async def work(tx: Transaction, row: RunRow) -> list[Event]:
+            if row.run.status == "cancelling":
+                raise Interrupted("cancelled")
+            details = {"type": "tool_calls", "tool_calls": [with_reason(call, reasons) for call in turn.tool_calls]}
+            step = msgspec.structs.replace(opened, step_details=details)
+            await self._record_call(tx, row, turn, usage)
+            if waiting:
+                await step_rows.update_step(tx, row.project, step, usage=usage)
+                move_run(row.run, "calls_functions", now)
+                row.run.required_action = required_action(waiting)
+                return [run_event(row.run)]
+            close_step(step, "failed", now, usage, LastError("server_error", " ".join(reasons.values())))
+            await step_rows.update_step(tx, row.project, step)
+            return [step_event(step)]
+
+        await self._commit(work)
+        self._turn = None
+        if not waiting:
+            self._stop_offering_what_is_off()
+        return not waiting
+
+    def _stop_offering_what_is_off(self) -> None:
+        """A model that keeps calling what cannot be had is not asked for ever."""
+        self._turns_for_nothing += 1
+        if self._turns_for_nothing >= TURNS_FOR_NOTHING:
+            self._offered = offer([tool for tool in self.row.run.tools if tool["type"] == "function"])
+
+    def _engine_off(self, kind: str) -> str:
+        return self.house.engines_off.get(kind, f"The tool {kind} is not available.")
+
+    async def _record_call(self, tx: Transaction, row: RunRow, turn: ModelTurn, usage: Usage) -> None:
+        """Add the tokens to the run, and one row for the ledger."""
+        row.spent = row.spent.plus(usage)
+        await insert_model_call(tx, row.project, self._model_call(row, turn, turn.end))
+
+    def _model_call(self, row: RunRow, turn: ModelTurn, end: ModelEnd | None) -> ModelCall:
+        prompt = turn.prompt
+        return ModelCall(
+            id=new_id("mcall"),
+            thread_id=row.run.thread_id,
+            run_id=row.run.id,
+            step_id=turn.step.id if turn.step else None,
+            attempt=row.attempt,
+            created_at=int(self.house.clock.now()),
+            upstream=end.upstream if end else "",
+            model_asked=row.run.model,
+            model_answered=end.model if end else "",
+            sent=end.sent if end else {},
+            dropped=end.dropped if end else [],
+            cut_off=prompt.cut_off,
+            kept_from=prompt.cut.kept_from,
+            budget_tokens=prompt.budget_tokens if row.run.truncation_strategy.type == "auto" else 0,
+            left_out=prompt.cut.left_out,
+            estimated=prompt.estimated,
+            usage=end.raw_usage if end else None,
+            prompt_hash=turn.prompt_hash,
+            first_token_ms=turn.first_token_ms,
+            total_ms=round((time.monotonic() - turn.started) * 1000),
+            finish_reason=end.finish_reason if end else "interrupted",
+        )
+
+    async def _stop(
+        self,
+        event: RunEvent,
+        error: LastError | None = None,
+        *,
+        incomplete: str | None = None,
+        message_reason: str | None = None,
+    ) -> None:
+        """One transaction: close what is open, and end the run with `event`.
+
+        incomplete: the run's reason. message_reason: the message's, when it differs from what the run's end implies.
+        """
+        now = int(self.house.clock.now())
+        turn = self._turn
+        usage = turn.usage if turn is not None else None
+        in_hand = InHand(usage=usage, message_reason=message_reason)
+        if turn is not None and turn.step is not None:
+            in_hand.content = turn.content if turn.message else None
+            in_hand.tool_calls = turn.tool_calls
+
+        async def work(tx: Transaction, row: RunRow) -> list[Event]:
+            events = [run_event(row.run)] if row.run.status == "cancelling" else []
+            if turn is not None:
+                await self._record_call(tx, row, turn, usage or Usage())
+            row.run.last_error = error
+            row.run.incomplete_details = IncompleteDetails(incomplete) if incomplete else None
+            move_run(row.run, event, now, usage=row.spent)
+            events += await close_open_steps(tx, row.project, row.run, now, in_hand)
+            return [*events, run_event(row.run)]
+
+        await self._commit(work)
+
+    # --- committing and announcing -----------------------------------------------------------------------------
+
+    async def _commit(self, work: Callable[[Transaction, RunRow], Awaitable[list[Event]]]) -> None:
+        """Do `work` on the run as it is now, write its events with it, and announce them once committed.
+
+        Raises LostLease when this attempt does not hold the run any more. A database that fails is asked again until
+        the run's deadline: what the model has said must not be lost to a moment's full disk.
+        """
+        # Kept until it is written: `work` may still refuse.
+        self._unwritten += self.house.events.take_unwritten(self.row.run.id)
+        sequence = self._transcript.sequence
+
+        async def fenced(tx: Transaction) -> tuple[RunRow, Segment]:
+            row = await run_rows.get_held_run(tx, self.row.project, self.row.run.id, self.row.attempt)
+            if row is None:
+                raise LostLease(self.row.run.id)
+            segment = self._transcript.number(await work(tx, row), stop_of(row.run))
+            active = row.run.status not in TERMINAL
+            await run_rows.update_run(tx, row, active=active, held=row.run.status in HELD)
+            parts = [*self._unwritten, segment]
+            if await self._message_is_gone(tx):
+                parts = [part._replace(data=b"") for part in parts]
+                await event_rows.blank_run_events(tx, row.project, row.run.id)
+            for part in parts:
+                await event_rows.insert_segment(tx, row.project, row.run.id, part, int(self.house.clock.now()))
+            return row, segment
+
+        while True:
+            try:
+                self.row, segment = await self.house.store.write(fenced)
+                break
+            except StoreError:
+                self._transcript.sequence = sequence
+                if self.house.clock.now() > self.row.deadline:
+                    raise
+                await asyncio.sleep(STORE_RETRY_S)
+        self._unwritten = []
+        self._announce(segment)
+
+    async def _message_is_gone(self, tx: Transaction) -> bool:
+        """Whether a caller deleted the message that is being written: then its text must not stay in the log."""
+        message = self._turn.message if self._turn else None
+        if message is None:
+            return False
+        return await message_rows.get_message_object(tx, self.row.project, message.thread_id, message.id) is None
+
+    def _announce(self, *segments: Segment) -> None:
+        """After the claim's own events, when those still wait: what is committed now was committed after the claim."""
+        started, self._started = self._started, []
+        for segment in [*started, *segments]:
+            self.house.events.announce(self.row.project, self.row.run.id, segment)
+
+    def _keep(self, deltas: list[Event]) -> None:
+        self.house.events.keep(self.row.project, self.row.run.id, self._transcript.number(deltas))

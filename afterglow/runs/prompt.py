@@ -1,0 +1,130 @@
+"""Reading a thread for the model: newest first, page by page, no further than what can fit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from afterglow.contracts import ModelInfo, Transaction
+from afterglow.objects import Json
+from afterglow.rows.messages import list_messages_before
+from afterglow.rows.model_calls import get_last_cut
+from afterglow.rows.runs import RunRow
+from afterglow.rows.steps import list_calls_before
+from afterglow.rows.threads import get_last_seq
+from afterglow.runs.context import (
+    NEWEST,
+    Calibration,
+    Cut,
+    Place,
+    Turn,
+    Window,
+    calls_turn,
+    completion_reserve,
+    fixed_tokens,
+    message_turn,
+)
+from afterglow.tools.function import Offer
+
+FIRST_PAGE = 32
+
+
+class Prompt(NamedTuple):
+    """What one call sends of the thread. cut_off: the thread's sequence when it was read. budget_tokens: room for the
+    whole prompt. estimated: tokens per part, uncalibrated. needed: calibrated tokens of the whole prompt."""
+
+    cut: Cut
+    cut_off: int
+    budget_tokens: int
+    estimated: dict[str, int]
+    needed_tokens: int
+
+
+class PromptRules(NamedTuple):
+    """What a call's prompt depends on, besides the thread itself."""
+
+    row: RunRow
+    offered: Offer
+    info: ModelInfo
+    calibration: Calibration
+    history: str
+    response_format: object
+    budget_cap: int | None = None
+
+
+def prompt_budget(rules: PromptRules) -> int:
+    """Tokens that the prompt of the next call may have: the least of the window less the answer's reserve, what is
+    left of max_prompt_tokens, and what an overflow has taught."""
+    run, info = rules.row.run, rules.info
+    budget = info.window_tokens - completion_reserve(
+        info.window_tokens, run.max_completion_tokens, info.max_output_tokens
+    )
+    if run.max_prompt_tokens is not None:
+        budget = min(budget, run.max_prompt_tokens - rules.row.spent.prompt_tokens)
+    return budget if rules.budget_cap is None else min(budget, rules.budget_cap)
+
+
+async def read_prompt(tx: Transaction, rules: PromptRules) -> Prompt:
+    """Decide what of the thread goes to the model, reading no more of it than can matter."""
+    row = rules.row
+    run, project = row.run, row.project
+    factor = rules.calibration.factor(run.model)
+    parts = fixed_tokens(run.instructions, rules.offered.tools, rules.response_format)
+    fixed = round(sum(parts.values()) * factor)
+    budget = prompt_budget(rules)
+    last = await get_last_cut(tx, project, run.thread_id) if run.truncation_strategy.type == "auto" else None
+    kept_from = last[0] if last and last[1] == budget else 0
+    window = Window(run.truncation_strategy, max(budget - fixed, 0), factor, kept_from)
+    cut_off = await get_last_seq(tx, project, run.thread_id)
+    await _fill(tx, window, rules, cut_off)
+    cut = window.cut()
+    parts["history"] = sum(turn.tokens for turn in cut.turns)
+    return Prompt(cut, cut_off, budget, parts, fixed + cut.tokens)
+
+
+async def _fill(tx: Transaction, window: Window, rules: PromptRules, cut_off: int) -> None:
+    """Merge messages and calls, newest first, into the window until it is full or the thread is at its start."""
+    place, limit = NEWEST, FIRST_PAGE
+    while not window.full:
+        turns, place = await _page(tx, rules, cut_off, place, limit)
+        for turn in turns:
+            if window.full:
+                return
+            window.add(turn)
+        if place == (0, 0):
+            return
+        limit = window.turns_missing(limit)
+
+
+async def _page(
+    tx: Transaction, rules: PromptRules, cut_off: int, before: Place, limit: int
+) -> tuple[list[Turn], Place]:
+    """The turns of the next `limit` places before `before`, newest first, and the place that was read down to;
+    (0, 0) when there is no more."""
+    run, project = rules.row.run, rules.row.project
+    vision = rules.info.vision is not False
+    messages = await list_messages_before(tx, project, run.thread_id, cut_off, before, limit)
+    end = (messages[-1].created_at, messages[-1].seq) if len(messages) == limit else (0, 0)
+    turns = [
+        turn
+        for placed in messages
+        if (turn := message_turn((placed.created_at, placed.seq), placed.message, run.id, vision=vision))
+    ]
+    calls = await list_calls_before(tx, project, run.thread_id, cut_off, before, end, limit)
+    for step in calls:
+        own = step.step.run_id == run.id
+        if own or rules.history == "calls":
+            turn = calls_turn((step.created_at, step.seq), step.step, run.id, rules.offered.names)
+            if turn:
+                turns.append(turn)
+    if len(calls) == limit:
+        end = max(end, (calls[-1].created_at, calls[-1].seq))
+        turns = [turn for turn in turns if turn.place >= end]
+    turns.sort(key=lambda turn: turn.place, reverse=True)
+    return turns, end
+
+
+def chat_response_format(response_format: object) -> Json | None:
+    """A stored response_format as it is sent to the model; None for text, which needs no saying."""
+    if isinstance(response_format, dict) and response_format.get("type") != "text":
+        return response_format
+    return None
