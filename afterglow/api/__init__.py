@@ -1,0 +1,1 @@
+"""The HTTP routes: each parses, acts once and shapes the answer."""

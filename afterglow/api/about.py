@@ -1,0 +1,40 @@
+"""/healthz, /readyz and /openapi.json: what the server says of itself, without a key."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from afterglow import __version__
+from afterglow.access import DEFAULT_PROJECT
+from afterglow.api.answers import house_of, reply
+from afterglow.contracts import Transaction
+from afterglow.errors import StoreError, Unavailable
+from afterglow.rows.keys import put_project
+
+
+async def healthz(request: Request) -> Response:
+    """GET /healthz: 200 as soon as requests are served."""
+    house = house_of(request)
+    engines = dict.fromkeys(house.engines_off, "off")
+    return reply({"status": "ok", "version": __version__, "engines": engines})
+
+
+async def readyz(request: Request) -> Response:
+    """GET /readyz: 200 when the database can be written, which is tried, else 503."""
+    house = house_of(request)
+
+    async def work(tx: Transaction) -> None:
+        await put_project(tx, DEFAULT_PROJECT, int(house.clock.now()))
+
+    try:
+        await house.store.write(work)
+    except StoreError as error:
+        raise Unavailable("The database cannot be written.") from error
+    return reply({"status": "ready"})
+
+
+async def openapi(request: Request) -> Response:
+    """GET /openapi.json: generated from the route table and the structs."""
+    text: bytes = request.app.openapi
+    return reply(text)

@@ -1,0 +1,178 @@
+"""The HTTP edge: every request comes in through here, and every error goes out.
+
+In order: request id, root path, host and origin, route, key, beta header, size of the body. What a route raises
+becomes the API's error body here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from afterglow import telemetry
+from afterglow.access import Access
+from afterglow.contracts import House
+from afterglow.errors import (
+    ApiError,
+    BodyTooLarge,
+    InvalidRequest,
+    ModelError,
+    NotFound,
+    StoreError,
+    StoreFull,
+    Unavailable,
+)
+
+log = logging.getLogger("afterglow.http")
+API_PREFIXES = ("/v1/", "/openai/")
+OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
+SORRY = "The server had an error while processing your request. Sorry about that!"
+BETA_V1 = (
+    "You must provide the 'OpenAI-Beta' header to access the Assistants API. Please try again by setting the header "
+    "'OpenAI-Beta: assistants=v2'."
+)
+
+
+class Edge:
+    """The outermost ASGI application."""
+
+    def __init__(
+        self, app: ASGIApp, house: House, access: Access, on_answered: Callable[[str, str], None], root_path: str
+    ) -> None:
+        """on_answered: called with project and request id when the answer to a creating POST was written out."""
+        self._app = app
+        self._house = house
+        self._access = access
+        self._on_answered = on_answered
+        self._root_path = root_path.rstrip("/")
+        self._max_body = house.settings.max_body_mb * 1024 * 1024
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        exchange = _Exchange(send)
+        telemetry.subject.set(exchange.request_id)
+        try:
+            await self._serve(scope, receive, exchange)
+        except ClientDisconnect:
+            log.debug("The client went away.")
+        except Exception as error:
+            answer = self._error(error, scope)
+            if exchange.started:
+                log.exception("An answer broke off.")
+                raise
+            await _respond(answer, scope, receive, exchange.send)
+
+    async def _serve(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
+        headers = Headers(scope=scope)
+        path = scope["path"] = self._own_path(scope["path"])
+        if path not in OPEN_PATHS:  # probes come by address
+            self._access.check_host(headers.get("host", ""))
+        self._access.check_origin(headers.get("origin"))
+        if "\0" in path:
+            raise InvalidRequest("Invalid URL: it contains a NUL character.", code="invalid_value")
+        state: dict[str, Any] = {"house": self._house, "request_id": exchange.request_id, "creates": False}
+        scope["state"] = state
+        if path not in OPEN_PATHS:
+            if not path.startswith(API_PREFIXES):
+                raise self._no_such_path(scope["method"], path)
+            caller = await self._access.caller(headers)
+            _check_beta(headers)
+            state["project"], state["key_id"] = caller
+        await self._app(scope, self._limited(receive, headers), exchange.send)
+        if state["creates"] and exchange.status < 400:
+            self._on_answered(state["project"], exchange.request_id)
+
+    def _own_path(self, path: str) -> str:
+        """Without the root path, whether the proxy has taken it off or not."""
+        if self._root_path and (path + "/").startswith(self._root_path + "/"):
+            return path[len(self._root_path) :] or "/"
+        return path
+
+    def _no_such_path(self, method: str, path: str) -> NotFound:
+        log.info("%s %s is not served here; should the base URL end in /v1?", method, path[:200])
+        return NotFound(f"Invalid URL ({method} {path})")
+
+    def _limited(self, receive: Receive, headers: Headers) -> Receive:
+        """Refuse bodies that are larger than allowed, before they are read whole."""
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._max_body:
+            raise self._too_large()
+        seen = 0
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max_body:
+                raise self._too_large()
+            return message
+
+        return limited
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"The request body is larger than {self._house.settings.max_body_mb} MB.")
+
+    def _error(self, error: Exception, scope: Scope) -> ApiError:
+        """What the caller is told; what is our fault is told to the log alone."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, HTTPException):  # the router's, for a path that is served under other methods
+            return NotFound(f"Invalid URL ({scope['method']} {scope['path']})")
+        if isinstance(error, StoreFull):
+            return Unavailable("The server's disk is full; nothing of this request was stored.", retry_after_s=30)
+        if isinstance(error, StoreError):
+            return Unavailable("The server's database cannot be used just now; nothing of this request was stored.")
+        if isinstance(error, ModelError):
+            return Unavailable(str(error))
+        log.error("A request failed by a fault of ours.", exc_info=error)
+        return ApiError(SORRY)
+
+
+class _Exchange:
+    """One request's answer: its id, when it began, and what was sent of it."""
+
+    __slots__ = ("_began", "_send", "request_id", "started", "status")
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._began = time.monotonic()
+        self.request_id = "req_" + secrets.token_hex(16)
+        self.started = False
+        self.status = 0
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.status = message["status"]
+            took_ms = round((time.monotonic() - self._began) * 1000)
+            message["headers"] = [
+                *message.get("headers", []),
+                (b"x-request-id", self.request_id.encode()),
+                (b"openai-processing-ms", b"%d" % took_ms),
+                (b"openai-version", b"2020-10-01"),
+            ]
+            log.debug("%d in %d ms", self.status, took_ms)
+        await self._send(message)
+
+
+def _check_beta(headers: Headers) -> None:
+    """The header may be missing; but who asks for v1 is told that this is v2."""
+    beta = headers.get("openai-beta")
+    if beta and "assistants=v1" in beta.lower():
+        raise InvalidRequest(BETA_V1, code="invalid_beta")
+
+
+async def _respond(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    response = Response(error.body(), error.status, media_type="application/json")
+    MutableHeaders(raw=response.raw_headers).update(error.headers)
+    await response(scope, receive, send)

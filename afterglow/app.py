@@ -1,0 +1,276 @@
+"""Where everything meets: the routes, and the choice of implementations. Nothing else picks either."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import AsyncIterator
+from functools import cached_property
+from pathlib import Path
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from afterglow.access import Access, check_exposure
+from afterglow.api import about, assistants, runs, threads
+from afterglow.api import models as models_api
+from afterglow.api.description import describe
+from afterglow.api.edge import Edge
+from afterglow.contracts import ChatModels, Clock, House, Store, Transaction
+from afterglow.declared import declare_assistants
+from afterglow.errors import ConfigError, NotFound, StoreError
+from afterglow.events.local import LocalEvents
+from afterglow.llm import Models
+from afterglow.offline import OfflineModel
+from afterglow.outbound import GuardedFetcher
+from afterglow.queue.local import LocalQueue
+from afterglow.rows.requests import mark_answered
+from afterglow.rows.runs import release_leases
+from afterglow.runs.worker import Worker
+from afterglow.settings import Settings
+from afterglow.store.sqlite import SqliteStore
+from afterglow.telemetry import log
+
+# (method, path below /v1, what answers it)
+ROUTES = [
+    ("POST", "/assistants", assistants.create_assistant),
+    ("GET", "/assistants", assistants.list_assistants),
+    ("GET", "/assistants/{assistant_id}", assistants.retrieve_assistant),
+    ("POST", "/assistants/{assistant_id}", assistants.modify_assistant),
+    ("DELETE", "/assistants/{assistant_id}", assistants.delete_assistant),
+    ("POST", "/threads", threads.create_thread),
+    ("GET", "/threads", threads.list_threads),
+    ("POST", "/threads/runs", runs.create_thread_and_run),
+    ("GET", "/threads/{thread_id}", threads.retrieve_thread),
+    ("POST", "/threads/{thread_id}", threads.modify_thread),
+    ("DELETE", "/threads/{thread_id}", threads.delete_thread),
+    ("POST", "/threads/{thread_id}/messages", threads.create_message),
+    ("GET", "/threads/{thread_id}/messages", threads.list_messages),
+    ("GET", "/threads/{thread_id}/messages/{message_id}", threads.retrieve_message),
+    ("POST", "/threads/{thread_id}/messages/{message_id}", threads.modify_message),
+    ("DELETE", "/threads/{thread_id}/messages/{message_id}", threads.delete_message),
+    ("POST", "/threads/{thread_id}/runs", runs.create_run),
+    ("GET", "/threads/{thread_id}/runs", runs.list_runs),
+    ("GET", "/threads/{thread_id}/runs/{run_id}", runs.retrieve_run),
+    ("POST", "/threads/{thread_id}/runs/{run_id}", runs.modify_run),
+    ("POST", "/threads/{thread_id}/runs/{run_id}/cancel", runs.cancel_run),
+    ("POST", "/threads/{thread_id}/runs/{run_id}/submit_tool_outputs", runs.submit_tool_outputs),
+    ("GET", "/threads/{thread_id}/runs/{run_id}/steps", runs.list_run_steps),
+    ("GET", "/threads/{thread_id}/runs/{run_id}/steps/{step_id}", runs.retrieve_run_step),
+    ("GET", "/models", models_api.list_models),
+    ("GET", "/models/{model:path}", models_api.retrieve_model),
+    ("DELETE", "/models/{model:path}", models_api.delete_model),
+]
+OPEN_ROUTES = [
+    ("GET", "/healthz", about.healthz),
+    ("GET", "/readyz", about.readyz),
+    ("GET", "/openapi.json", about.openapi),
+]
+FORWARDED_METHODS = ["GET", "POST", "DELETE"]
+PREFIXES = ("/v1", "/openai/v1", "/openai")  # Azure clients leave the version to ?api-version=
+
+ANSWERED_FLUSH_S = 1.0
+ENGINES_OFF = {
+    kind: f"The {kind} tool is not part of this version of Afterglow yet."
+    for kind in ("code_interpreter", "file_search")
+}
+CORS_EXPOSED = ["x-request-id", "openai-poll-after-ms", "openai-processing-ms"]
+
+
+class _Clock:
+    """The system's time, never running backwards."""
+
+    def __init__(self) -> None:
+        self._latest = 0.0
+
+    def now(self) -> float:
+        self._latest = max(self._latest, time.time())
+        return self._latest
+
+
+class _DataFolder:
+    """The data folder, locked: two servers on it would execute everything twice."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError when it cannot be made, written or locked."""
+        make_data_folder(path)
+        try:
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConfigError(f"Another Afterglow is already serving the data folder {path}.") from None
+        except OSError as error:
+            raise ConfigError(f"The data folder {path} cannot be locked: {error.strerror}. Use a local disk.") from None
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+
+def make_data_folder(path: Path) -> None:
+    """Make the folder, for its owner alone. Raises ConfigError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(path, 0o700)
+    except OSError as error:
+        raise ConfigError(f"The data folder {path} cannot be used: {error.strerror}.") from None
+
+
+def database_path(settings: Settings) -> Path:
+    return Path(settings.data) / "afterglow.db"
+
+
+def build_models(settings: Settings) -> Models:
+    """The model servers of the settings, or the offline model when there are none. Raises ConfigError."""
+    return Models(settings, offline=OfflineModel())
+
+
+@contextlib.asynccontextmanager
+async def open_store(settings: Settings) -> AsyncIterator[Store]:
+    """The data folder's database alone, also beside a running server. Raises ConfigError or StoreError."""
+    make_data_folder(Path(settings.data))
+    store = SqliteStore(database_path(settings), readers=1)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+class Application:
+    """The whole server as one ASGI application. `start` before the first request, `close` after the last."""
+
+    def __init__(self, settings: Settings, house: House, worker: Worker, access: Access) -> None:
+        self.house = house
+        self.worker = worker
+        self._answered: list[tuple[str, str]] = []
+        self._marking: asyncio.Task[None] | None = None
+        router = Router(_routes(), redirect_slashes=False, default=_no_route)
+        self._app: ASGIApp = Edge(_Routed(router), house, access, self._note_answered, settings.root_path)
+        if settings.allowed_origins:
+            self._app = CORSMiddleware(
+                self._app,
+                allow_origins=list(settings.allowed_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=CORS_EXPOSED,
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    async def start(self) -> None:
+        await self.worker.start()
+        self._marking = asyncio.create_task(self._mark_forever())
+
+    def _note_answered(self, project: str, request_id: str) -> None:
+        self._answered.append((project, request_id))
+
+    async def _mark_forever(self) -> None:
+        while True:
+            await asyncio.sleep(ANSWERED_FLUSH_S)
+            await self._mark()
+
+    async def _mark(self) -> None:
+        if not self._answered:
+            return
+        answered, self._answered = self._answered, []
+
+        async def work(tx: Transaction) -> None:
+            await mark_answered(tx, answered)
+
+        with contextlib.suppress(StoreError):  # a mark that is missing costs a retry its match, nothing more
+            await self.house.store.write(work)
+
+    async def end_streams(self) -> None:
+        """Let go of everyone who waits, so that connections can be closed."""
+        await self.house.events.close()
+
+    async def close(self) -> None:
+        await self.worker.close()
+        await self.house.events.close()
+        if self._marking is not None:
+            self._marking.cancel()
+        await self._mark()
+        await self.house.models.close()
+        await self.house.images.close()
+        await self.house.store.close()
+
+
+class _Routed:
+    """Routing, with what `request.app` needs to offer."""
+
+    def __init__(self, router: Router) -> None:
+        self._router = router
+
+    @cached_property
+    def openapi(self) -> bytes:
+        return describe([(method, f"/v1{path}", act) for method, path, act in ROUTES] + OPEN_ROUTES)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self._router(scope, receive, send)
+
+
+def _routes() -> list[BaseRoute]:
+    routes: list[BaseRoute] = [Route(path, act, methods=[method]) for method, path, act in OPEN_ROUTES]
+    for prefix in PREFIXES:
+        routes += _merged(prefix)
+        routes += [Route(prefix + path, models_api.forward, methods=FORWARDED_METHODS) for path in models_api.FORWARDED]
+    routes.append(Route("/openai/deployments/{deployment}/{rest:path}", models_api.forward, methods=FORWARDED_METHODS))
+    return routes
+
+
+def _merged(prefix: str) -> list[BaseRoute]:
+    return [Route(prefix + path, act, methods=[method]) for method, path, act in ROUTES]
+
+
+async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
+    raise NotFound(f"Invalid URL ({scope['method']} {scope['path']})")
+
+
+@contextlib.asynccontextmanager
+async def open_application(
+    settings: Settings, *, models: ChatModels | None = None, clock: Clock | None = None
+) -> AsyncIterator[Application]:
+    """Build the laptop shape: everything in this process, on SQLite and a folder.
+
+    models, clock: in place of the real ones, for tests. Raises ConfigError, with the way out, for whatever is wrong
+    before the first request.
+    """
+    folder = _DataFolder(Path(settings.data))
+    try:
+        application = await _build(settings, models or build_models(settings), clock or _Clock())
+        await application.start()
+        try:
+            yield application
+        finally:
+            await application.close()
+    finally:
+        folder.close()
+
+
+async def _build(settings: Settings, models: ChatModels, clock: Clock) -> Application:
+    store = SqliteStore(database_path(settings))
+    await check_exposure(settings, store)
+    events = LocalEvents(store, clock, flush_ms=settings.event_flush_ms, keep_alive_s=settings.keep_alive_s)
+    house = House(
+        settings=settings,
+        clock=clock,
+        store=store,
+        events=events,
+        queue=LocalQueue(),
+        models=models,
+        images=GuardedFetcher(allow_private=settings.private_images),
+        engines_off=ENGINES_OFF,
+    )
+    events.start()
+    # Nobody else can be at work on this folder: whatever was in progress may be taken over at once.
+    if left := await store.write(release_leases):
+        log.warning("%d runs were in progress when the server last stopped; they go on now.", left)
+    if settings.assistants:
+        await declare_assistants(house, settings.assistants)
+    return Application(settings, house, Worker(house), Access(settings, store, clock))

@@ -1,0 +1,186 @@
+"""HTTP as it is: what the official client would not send, and every answer held against the published shapes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2
+from jsonschema import Draft202012Validator
+from openai.types import Model
+from openai.types import beta as sdk
+from openai.types.beta import threads as sdk_threads
+from openai.types.beta.threads import runs as sdk_runs
+from pydantic import BaseModel
+
+Json = dict[str, Any]
+REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
+SHAPES: dict[str, tuple[type[BaseModel], str]] = {
+    "assistant": (sdk.Assistant, "AssistantObject"),
+    "assistant.deleted": (sdk.AssistantDeleted, "DeleteAssistantResponse"),
+    "thread": (sdk.Thread, "ThreadObject"),
+    "thread.deleted": (sdk.ThreadDeleted, "DeleteThreadResponse"),
+    "thread.message": (sdk_threads.Message, "MessageObject"),
+    "thread.message.deleted": (sdk_threads.MessageDeleted, "DeleteMessageResponse"),
+    "thread.run": (sdk_threads.Run, "RunObject"),
+    "thread.run.step": (sdk_runs.RunStep, "RunStepObject"),
+    "model": (Model, "Model"),
+}
+ENVELOPE = {"object", "data", "first_id", "last_id", "has_more"}
+OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
+
+
+class Fault(NamedTuple):
+    """An error as the caller reads it."""
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: httpx2.Headers
+    content: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.content)
+
+    @property
+    def fault(self) -> Fault:
+        error = self.json["error"]
+        return Fault(self.status, error["message"], error["param"], error["code"])
+
+    @property
+    def ids(self) -> list[str]:
+        return [item["id"] for item in self.json["data"]]
+
+
+class Wire:
+    """A plain client. Every answer is checked: an object of the API has its published shape, an error its envelope.
+
+    key: "" sends none.
+    """
+
+    def __init__(self, url: str, key: str = "sk-wire") -> None:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx2.AsyncClient(base_url=url, headers=headers, verify=False, timeout=30)
+
+    async def ask(self, method: str, path: str, body: Any = None, **options: Any) -> Answer:
+        """body: bytes as they are, anything else as JSON; None sends none. path: below /v1, unless it begins with
+        a second slash."""
+        path = path[1:] if path.startswith("//") else f"/v1{path}"
+        if body is not None:
+            options["content"] = body if isinstance(body, bytes) else json.dumps(body).encode()
+            options.setdefault("headers", {}).setdefault("content-type", "application/json")
+        response = await self.client.request(method, path, **options)
+        answer = Answer(response.status_code, response.headers, response.content)
+        check(method, path, answer)
+        return answer
+
+    async def get(self, path: str, **options: Any) -> Answer:
+        return await self.ask("GET", path, **options)
+
+    async def post(self, path: str, body: Any = None, **options: Any) -> Answer:
+        return await self.ask("POST", path, body, **options)
+
+    async def delete(self, path: str, **options: Any) -> Answer:
+        return await self.ask("DELETE", path, **options)
+
+    async def made(self, path: str, body: Any = None) -> Json:
+        """What a POST that goes well answers."""
+        answer = await self.post(path, body)
+        assert answer.status == 200, answer.content
+        body = answer.json
+        assert isinstance(body, dict)
+        return body
+
+    async def stopped(self, run: Json) -> Json:
+        """Poll until the run stops, whether it is over or waits for outputs."""
+        while run["status"] in ("queued", "in_progress", "cancelling"):
+            run = await self.read(f"/threads/{run['thread_id']}/runs/{run['id']}")
+        return run
+
+    async def read(self, path: str) -> Json:
+        """What a GET that goes well answers."""
+        answer = await self.get(path)
+        assert answer.status == 200, answer.content
+        body = answer.json
+        assert isinstance(body, dict)
+        return body
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what sets no event."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+
+def check(method: str, path: str, answer: Answer) -> None:
+    """What holds for every answer."""
+    assert REQUEST_ID.fullmatch(answer.headers["x-request-id"])
+    assert answer.headers["openai-version"] == "2020-10-01"
+    assert answer.headers["openai-processing-ms"].isdigit()
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        return
+    assert answer.headers["content-type"] == "application/json"
+    if answer.status != 200:
+        check_error(answer)
+    elif answer.content and not path.endswith(OPEN_PATHS):
+        check_object(answer.content)
+    else:
+        assert answer.content or method == "HEAD"
+
+
+def check_error(answer: Answer) -> None:
+    assert set(answer.json) == {"error"}
+    error = answer.json["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert error["type"] == ("server_error" if answer.status >= 500 else "invalid_request_error")
+    assert isinstance(error["param"], str | None)
+    assert isinstance(error["code"], str | None)
+
+
+def check_object(content: bytes) -> None:
+    body = json.loads(content)
+    if body["object"] != "list":
+        check_shape(body, content)
+        return
+    assert set(body) in (ENVELOPE, {"object", "data"})  # models are not paginated
+    for item in body["data"]:
+        check_shape(item, json.dumps(item).encode())
+    if set(body) == ENVELOPE:
+        ids = [item["id"] for item in body["data"]]
+        assert [body["first_id"], body["last_id"]] == ([ids[0], ids[-1]] if ids else [None, None])
+        assert body["has_more"] in (True, False)
+
+
+def check_shape(body: Json, content: bytes) -> None:
+    """At its strictest, the SDK's model accepts it, and so does the schema, where the contract is at hand."""
+    model, schema = SHAPES[body["object"]]
+    model.model_validate_json(content, strict=True)
+    if validator := _validator(schema):
+        validator.validate(body)
+
+
+@cache
+def _validator(schema: str) -> Draft202012Validator | None:
+    folder = os.environ.get("AFTERGLOW_CONTRACT_DIR")
+    if not folder:
+        return None
+    document = json.loads(Path(folder, "assistants.openapi.json").read_bytes())
+    return Draft202012Validator({"$ref": f"#/components/schemas/{schema}", "components": document["components"]})
