@@ -1,0 +1,213 @@
+"""The command `afterglow`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from afterglow import __version__, settings, telemetry
+from afterglow.contracts import Store
+from afterglow.errors import AfterglowError
+from afterglow.settings import Settings
+
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status: 0 done, 1 it could not be done, 2 wrong words."""
+    options = _parser().parse_args(arguments)
+    act: Callable[[argparse.Namespace], int] = options.act
+    try:
+        status = act(options)
+        sys.stdout.flush()
+        return status
+    except AfterglowError as error:
+        print(f"afterglow: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read what we print has enough; the interpreter would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="afterglow", description="The Assistants API, self-hosted.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = _command(commands, "serve", _serve, "run the server")
+    _setting_flags(serve)
+
+    demo = _command(commands, "demo", _demo, "start a server and show what it does")
+    demo.add_argument("--model-url", help="a model server of yours, instead of the offline model")
+    demo.add_argument("--model-key", help="its key")
+    demo.add_argument("--model", default="gpt-4o", help="the model to ask for")
+
+    doctor = _command(commands, "doctor", _doctor, "check the data folder and the model server")
+    _setting_flags(doctor)
+
+    _command(commands, "version", _version, "print the version")
+    _keys_commands(commands)
+
+    importing = _command(commands, "import", _import, "take over assistants, threads and messages from files")
+    importing.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="JSON or JSONL files, or folders")
+    importing.add_argument("--dry-run", action="store_true", help="only report what would be taken, guessed or lost")
+    exporting = _command(commands, "export", _export, "write assistants, threads and messages to a file")
+    exporting.add_argument("path", type=Path, metavar="PATH", help="a JSONL file")
+    for command in (importing, exporting):
+        command.add_argument("--project", default="default", help="the project they belong to (default: default)")
+        _data_flags(command)
+    return parser
+
+
+def _command(commands: Any, name: str, act: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+    parser.set_defaults(act=act)
+    return parser
+
+
+def _setting_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag for each row of the settings table that has one."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
+    for row in dataclasses.fields(Settings):
+        if not row.metadata["flag"]:
+            continue
+        if row.name == "aliases":
+            parser.add_argument(
+                "--alias", dest="aliases", action="append", metavar="OLD=NEW", help=row.metadata["help"]
+            )
+        else:
+            flag = "--" + row.name.replace("_", "-")
+            parser.add_argument(flag, metavar=row.name.upper(), help=row.metadata["help"].replace("%", "%%"))
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
+    parser.add_argument("--data", metavar="DIR", help="the data folder")
+
+
+def _keys_commands(commands: Any) -> None:
+    keys = commands.add_parser("keys", help="make, list and revoke API keys", allow_abbrev=False)
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = _command(actions, "create", _keys_create, "make a key and print it, once")
+    create.add_argument("--project", default="default", help="what the key may see (default: default)")
+    create.add_argument("--name", default="", help="a note on what the key is for")
+    listing = _command(actions, "list", _keys_list, "list the keys, without their secrets")
+    revoke = _command(actions, "revoke", _keys_revoke, "make a key worthless, within a second")
+    revoke.add_argument("key_id", metavar="KEY_ID", help="as `keys list` shows it")
+    for command in (create, listing, revoke):
+        _data_flags(command)
+
+
+def _load(options: argparse.Namespace) -> Settings:
+    known = {row.name for row in dataclasses.fields(Settings)}
+    flags = {name: value for name, value in vars(options).items() if name in known}
+    return settings.load(flags, config=options.config)
+
+
+# --- the commands ----------------------------------------------------------------------------------------------
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from afterglow.serve import serve
+
+    loaded = _load(options)
+    telemetry.configure(loaded.log_format, loaded.log_level)
+    serve(loaded, lambda line: print(line, flush=True))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from afterglow.demo import run_demo
+
+    return run_demo(options.model_url, options.model_key, options.model)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from afterglow.doctor import examine
+
+    return examine(_load(options), print)
+
+
+def _version(options: argparse.Namespace) -> int:
+    print(f"afterglow {__version__}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}")
+    return 0
+
+
+def _keys_create(options: argparse.Namespace) -> int:
+    from afterglow.access import new_key
+    from afterglow.rows.keys import insert_key
+
+    secret, row, key_hash = new_key(options.project, options.name, int(time.time()))
+    _with_store(options, lambda store: store.write(lambda tx: insert_key(tx, options.project, row, key_hash)))
+    print(secret)
+    print(f"This is {row.id} of project {options.project}. It is shown this once.", file=sys.stderr)
+    return 0
+
+
+def _keys_list(options: argparse.Namespace) -> int:
+    from afterglow.rows.keys import list_keys
+
+    for row in _with_store(options, lambda store: store.read(list_keys)):
+        made = time.strftime("%Y-%m-%d", time.gmtime(row.created_at))
+        state = "revoked" if row.revoked_at else "valid"
+        print(f"{row.id}  {row.hint}  {row.project_id}  {made}  {state}  {row.name}".rstrip())
+    return 0
+
+
+def _keys_revoke(options: argparse.Namespace) -> int:
+    from afterglow.rows.keys import revoke_key
+
+    now = int(time.time())
+    if _with_store(options, lambda store: store.write(lambda tx: revoke_key(tx, options.key_id, now))):
+        print(f"{options.key_id} is revoked.")
+        return 0
+    print(f"afterglow: there is no valid key {options.key_id}.", file=sys.stderr)
+    return 1
+
+
+def _import(options: argparse.Namespace) -> int:
+    from afterglow.transfer import import_objects
+
+    report = _with_store(
+        options,
+        lambda store: import_objects(store, options.project, options.paths, dry_run=options.dry_run),
+    )
+    for line in report.lines():
+        print(line)
+    return 0 if report.ok else 1
+
+
+def _export(options: argparse.Namespace) -> int:
+    from afterglow.transfer import export_objects
+
+    report = _with_store(options, lambda store: export_objects(store, options.project, options.path))
+    for line in report.lines():
+        print(line)
+    return 0 if report.ok else 1
+
+
+def _with_store(options: argparse.Namespace, act: Callable[[Store], Awaitable[T]]) -> T:
+    """Work on the data folder's database, beside a running server if there is one."""
+    from afterglow.app import open_store
+
+    async def run() -> T:
+        async with open_store(_load(options)) as store:
+            return await act(store)
+
+    return asyncio.run(run())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

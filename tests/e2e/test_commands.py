@@ -1,0 +1,155 @@
+"""The commands that need no server, in this process."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from afterglow import __version__, cli
+from afterglow.settings import PREFIX
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test starts in an empty folder, with no setting in the environment."""
+    for name in [*os.environ]:
+        if name.startswith(PREFIX):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    """`afterglow version` names what matters in a report of a fault."""
+    assert cli.main(["version"]) == 0
+    assert capsys.readouterr().out.startswith(f"afterglow {__version__}, Python {sys.version.split()[0]}, SQLite 3.")
+
+
+@pytest.mark.parametrize("words", [[], ["sevre"], ["serve", "--nope"], ["serve", "--por", "1"], ["keys"], ["import"]])
+def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]):
+    """Words that are no command end with status 2 and the usage; flags must be written out."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: afterglow")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["serve", "--port", "http"], "--port: expected a whole number, got 'http'."),
+        (["serve", "--port", "65536"], "port: must be between 0 and 65535."),
+        (["serve", "--log-level", "loud"], "log_level: expected debug or info or warning or error, got 'loud'."),
+        (["serve", "--alias", "gpt-4o"], "expected OLD=NEW, got 'gpt-4o'."),
+        (["serve", "--config", "none.toml"], "The configuration file none.toml cannot be read: No such file"),
+        (["doctor", "--config", "none.toml"], "The configuration file none.toml cannot be read: No such file"),
+        (["keys", "list", "--config", "none.toml"], "The configuration file none.toml cannot be read: No such file"),
+    ],
+)
+def test_wrong_settings(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    """A wrong setting ends with status 1 and one sentence that names it; nothing is made."""
+    assert cli.main(words) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("afterglow: ")
+    assert said in err
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("port = 8000 8001", "is no TOML: Expected newline or end of document"),
+        ("prot = 8000", "unknown setting 'prot'."),
+        ("port = true", "port in wrong.toml: expected a whole number, got True."),
+        ("passthrough = 'perhaps'", "passthrough in wrong.toml: expected on or off, got 'perhaps'."),
+        ("max_body_mb = 0", "max_body_mb: must be more than 0."),
+        ("[upstreams.gpu]\nkey_env = 'X'", "[upstreams.gpu] takes url"),
+        ("[upstreams.gpu]\nurl = 'http://gpu/v1'\nkey_env = 'NO_SUCH'", "the variable NO_SUCH named by key_env is not"),
+        ("[models.'m']\nwindow = 1", '[models."m"] takes window_tokens'),
+    ],
+)
+def test_wrong_configuration_files(text: str, said: str, capsys: pytest.CaptureFixture[str]):
+    """What is wrong in a configuration file is said with its place."""
+    Path("wrong.toml").write_text(text)
+    assert cli.main(["serve", "--config", "wrong.toml"]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]):
+    """The secret is printed once, alone on stdout; the list masks it; revoking works once."""
+    assert cli.main(["keys", "create", "--project", "blue", "--name", "the shop"]) == 0
+    out, err = capsys.readouterr()
+    secret = out.strip()
+    assert secret.startswith("sk-ag-")
+    assert secret not in err
+    assert "of project blue" in err
+    key_id = err.split()[2]
+
+    assert cli.main(["keys", "list"]) == 0
+    listed = capsys.readouterr().out
+    assert secret not in listed
+    assert listed.split()[0] == key_id
+    assert listed.rstrip().endswith("valid  the shop")
+
+    assert cli.main(["keys", "revoke", key_id]) == 0
+    assert cli.main(["keys", "revoke", key_id]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == (f"{key_id} is revoked.\n", f"afterglow: there is no valid key {key_id}.\n")
+    cli.main(["keys", "list"])
+    assert "revoked" in capsys.readouterr().out
+
+
+def test_keys_are_stored_hashed(capsys: pytest.CaptureFixture[str]):
+    """The secret is in no file of the data folder."""
+    cli.main(["keys", "create", "--data", "data"])
+    secret = capsys.readouterr().out.strip()
+    assert all(secret.encode() not in file.read_bytes() for file in Path("data").rglob("*"))
+
+
+def test_the_data_folder_is_its_owners_alone(capsys: pytest.CaptureFixture[str]):
+    """The data folder has mode 0700 and every file in it 0600, whatever the folder was before."""
+    Path("data").mkdir(mode=0o755)
+    cli.main(["keys", "create", "--data", "data"])
+    capsys.readouterr()
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [Path("data"), *Path("data").iterdir()]}
+    assert modes.pop("data") == 0o700
+    assert set(modes.values()) == {0o600}
+
+
+def test_doctor_without_a_model_server(capsys: pytest.CaptureFixture[str]):
+    """Without a model server all is well, and the offline model is called what it is."""
+    assert cli.main(["doctor", "--data", "data"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\nAll is well.\n")
+    assert "the built-in offline model answers; it is no language model" in out
+    assert "no server is running on it" in out
+    assert "BAD" not in out
+
+
+def test_doctor_on_a_folder_that_cannot_be_used(capsys: pytest.CaptureFixture[str]):
+    """A data folder that cannot be used is found, with advice, and the status is 1."""
+    Path("file").write_text("in the way")
+    assert cli.main(["doctor", "--data", "file/data"]) == 1
+    out = capsys.readouterr().out
+    assert "BAD  data folder file/data" in out
+    assert "Or name another folder with --data." in out
+    assert "want mending" in out
+
+
+def test_doctor_finds_what_serve_would_refuse(capsys: pytest.CaptureFixture[str]):
+    """An address beyond loopback without keys, and a model server that is this very server, are found."""
+    words = ["doctor", "--data", "data", "--host", "0.0.0.0", "--model-url", "http://127.0.0.1:8000/v1"]
+    assert cli.main(words) == 1
+    out = capsys.readouterr().out
+    assert "afterglow keys create --data data" in out
+    assert "is this server's own address" in out
+
+
+def test_import_of_what_is_not_there(capsys: pytest.CaptureFixture[str]):
+    """A file that cannot be read is reported and the status is 1."""
+    assert cli.main(["import", "nowhere.jsonl", "--data", "data"]) == 1
+    assert "nowhere.jsonl: cannot be read" in capsys.readouterr().out

@@ -1,0 +1,54 @@
+"""What a user gets from the package: built from the sources and installed where nothing else is."""
+
+from __future__ import annotations
+
+import sys
+import zipfile
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from afterglow import __version__
+from tests.e2e.clients import install_or_skip
+from tests.e2e.processes import ROOT, run, serving
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    install_or_skip(
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-cache-dir", "--no-deps", "--wheel-dir", folder, ROOT
+    )
+    (made,) = folder.iterdir()
+    return made
+
+
+def test_the_wheel_holds_what_is_needed(wheel: Path):
+    """Modules, SQL, the mark of typed packages and the licence are in the wheel, and nothing else of the checkout."""
+    assert wheel.name == f"afterglow-{__version__}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        inside = {name for name in archive.namelist() if ".dist-info/" not in name}
+        about = {Path(name).name for name in archive.namelist() if ".dist-info/" in name}
+    sources = [path for path in (ROOT / "afterglow").rglob("*") if path.suffix in (".py", ".sql", ".typed")]
+    assert inside == {path.relative_to(ROOT).as_posix() for path in sources}
+    assert "LICENSE" in about
+
+
+async def test_installed_where_nothing_else_is(wheel: Path, tmp_path: Path):
+    """From the wheel alone the command runs, serves, and says what the demo needs beyond it."""
+    install_or_skip(sys.executable, "-m", "venv", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    install_or_skip(python, "-m", "pip", "install", "--quiet", "--no-cache-dir", wheel)
+    command = tmp_path / "venv" / "bin" / "afterglow"
+
+    ended = await run(command, "version", cwd=tmp_path)
+    assert ended.out.startswith(f"afterglow {__version__}, Python {sys.version.split()[0]}")
+    ended = await run(command, "demo", cwd=tmp_path)
+    assert (ended.code, ended.out) == (1, "")
+    assert "pip install 'afterglow[demo]'" in ended.err
+    async with serving(tmp_path, program=(command,)) as served, httpx2.AsyncClient(verify=False) as plain:
+        answer = await plain.post(f"{served.url}/threads", headers={"authorization": "Bearer any"})
+        assert answer.json()["object"] == "thread"

@@ -1,0 +1,45 @@
+"""The official Python client of today and of yesterday against a real server."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Server
+from tests.e2e.clients import python_client
+from tests.e2e.processes import Ended, Served, run
+from tests.e2e.recordings import record, replaying
+
+pytestmark = pytest.mark.slow
+
+FOLDER = Path(__file__).parent
+# Until 1.55 the SDK gives httpx an argument that httpx 0.28 has taken away.
+SDKS = {"1.40.0": ("openai==1.40.0", "httpx==0.27.2"), "1.109.1": ("openai==1.109.1",)}
+VERSIONS = [*SDKS, "current"]
+
+
+async def python(version: str, script: str, *arguments: str) -> Ended:
+    """Run a script with this SDK; the current one is that which this project's tests use anyway."""
+    program = python_client(f"openai-{version}", *SDKS[version]) if version in SDKS else sys.executable
+    ended = await run(program, "-W", "ignore::DeprecationWarning", FOLDER / script, *arguments)
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    return ended
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_whole_app(version: str, story_server: Served):
+    """What apps do with this SDK works unmodified, with both of its clients, while pings fall into every stream."""
+    ended = await python(version, "client_story.py", story_server.url, "sk-story")
+    assert ended.out.count("came to its end") == 2
+    assert story_server.log == ""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_pings_are_not_seen(version: str, server: Server):
+    """A keep-alive between any two events, or between all of them, changes nothing of what the SDK makes of them."""
+    async with replaying(await record(server)) as (url, counts):
+        ended = await python(version, "client_pings.py", url, *counts)
+        assert ended.out.count("all the same") == 2 * len(counts)
