@@ -1,0 +1,522 @@
+"""What is measured: one function per row, or group of rows, of the table that is printed.
+
+Every scenario starts servers of its own on empty data folders, so that none lives on what another left behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from bench.client import CHUNK, DELTA, Answer, BenchFailure, Connection, Pace, expect, loop_for, percentile, together
+from bench.processes import Memory, Server, afterglow, cpu_s, has_proc, memory_of
+from bench.stub import model_name, text_of
+
+T = TypeVar("T")
+Sign = Literal["≤", "≥"]
+
+OWED: dict[str, tuple[Sign, float]] = {
+    "first delta, added, p50": ("≤", 5),
+    "runs, 32 clients × 64 tokens": ("≥", 200),
+    "500 streams, complete": ("≥", 500),
+    "500 streams, first delta, p99": ("≤", 250),
+    "1,000 streams, complete": ("≥", 1000),
+    "memory per open stream": ("≤", 60),
+    "read a thread, 1 client, p50": ("≤", 0.5),
+    "read a thread, 64 clients": ("≥", 3000),
+    "thread of 10,000: list 20": ("≤", 1.2),
+    "thread of 10,000: append": ("≤", 1.2),
+    "thread of 10,000: run": ("≤", 1.2),
+    "thread of 100,000: list 20": ("≤", 1.2),
+    "thread of 100,000: append": ("≤", 1.2),
+    "thread of 100,000: run": ("≤", 1.2),
+    "start to first 200, empty folder, p50": ("≤", 1.0),
+    "start to first 200, used folder, p50": ("≤", 1.0),
+    "memory at rest": ("≤", 90),
+}
+STREAM_TOKENS = 160  # long enough that all are open together
+STARTS_PER_S = 200  # the rate of runs that is owed; a burst of 500 in one second is reported beside it
+STREAM_RATE = 20.0
+BURST_TOKENS = 30
+STREAM_LIMIT_S = 30.0
+
+
+class Row(msgspec.Struct, kw_only=True):
+    """One line of the table. owed: the figure promised, or None where nothing is; beside: what to read it against."""
+
+    what: str
+    measured: float
+    unit: str
+    sign: Sign | None = None
+    owed: float | None = None
+    beside: str = ""
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether the promise is kept; None where there is none."""
+        if self.owed is None:
+            return None
+        return self.measured <= self.owed if self.sign == "≤" else self.measured >= self.owed
+
+
+def row(what: str, measured: float, unit: str, beside: str = "") -> Row:
+    """A line of the table, with what OWED promises for it."""
+    sign, owed = OWED.get(what, (None, None))
+    return Row(what=what, measured=measured, unit=unit, sign=sign, owed=owed, beside=beside)
+
+
+class Findings(msgspec.Struct):
+    """What a scenario found. raw: percentiles and counts, for the JSON file."""
+
+    rows: list[Row]
+    raw: dict[str, Any]
+
+
+class Made(msgspec.Struct):
+    """Any object of the API that has just been created."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all scenarios need. program: the `afterglow` to start; folder: a temporary one, for data and logs."""
+
+    program: Path
+    stub_port: int
+    folder: Path
+    quick: bool
+
+    def server(self, name: str) -> AbstractAsyncContextManager[Server]:
+        """Start a server on the data folder of this name, made if it is not there."""
+        return afterglow(self.program, self.folder / name, self.stub_port)
+
+    def pick(self, full: T, quick: T) -> T:
+        return quick if self.quick else full
+
+
+# --- calls -----------------------------------------------------------------------------------------------------
+
+
+async def _make(client: Connection, path: str, body: object) -> str:
+    answer = expect(await client.ask("POST", path, body))
+    return msgspec.json.decode(answer.body, type=Made).id
+
+
+async def _assistant(client: Connection, tokens: int, rate: float = 0) -> str:
+    body = {"model": model_name(tokens, rate), "instructions": "Answer briefly."}
+    return await _make(client, "/v1/assistants", body)
+
+
+def _message() -> dict[str, str]:
+    return {"role": "user", "content": "What is the weather in Oslo, and what should I wear on a walk tonight?"}
+
+
+async def _thread(client: Connection, messages: int = 1) -> str:
+    return await _make(client, "/v1/threads", {"messages": [_message()] * messages})
+
+
+async def _run(client: Connection, thread: str, assistant: str, tokens: int, **options: object) -> Answer:
+    """Stream a run to `done`; marks are its text deltas. Fails unless the whole text came and the run completed."""
+    body = {"assistant_id": assistant, "stream": True, **options}
+    answer = await client.ask("POST", f"/v1/threads/{thread}/runs", body, mark=DELTA)
+    text = msgspec.json.encode(text_of(tokens))
+    return expect(answer, DELTA, text, b"event: thread.run.completed", b"event: done")
+
+
+async def _thread_and_run(client: Connection, assistant: str, tokens: int) -> Answer:
+    return await _run(client, await _thread(client), assistant, tokens)
+
+
+async def _direct(stub: Connection, tokens: int, rate: float = 0) -> Answer:
+    """The same answer from the stub itself; marks are its chunks with text."""
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    body = {"model": model_name(tokens, rate), "messages": [_message()], **options}
+    return expect(await stub.ask("POST", "/v1/chat/completions", body, mark=CHUNK), CHUNK, b"[DONE]")
+
+
+async def _in_batches(calls: Sequence[Callable[[], Awaitable[T]]], size: int = 32) -> list[T]:
+    async def one(call: Callable[[], Awaitable[T]]) -> T:
+        return await call()
+
+    done: list[T] = []
+    for start in range(0, len(calls), size):
+        done += await together(one(call) for call in calls[start : start + size])
+    return done
+
+
+def _connections(port: int, count: int) -> list[Connection]:
+    return [Connection(port) for _ in range(count)]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {f"p{percent}": percentile(values, percent) for percent in (5, 50, 95, 99)} | {"count": len(values)}
+
+
+# --- runs ------------------------------------------------------------------------------------------------------
+
+
+async def first_delta(setup: Setup) -> Findings:
+    """What the first text of a streamed run takes longer than from the stub itself. One client; the two in turns."""
+    tokens, warm_up = 16, 20
+    ours: list[float] = []
+    direct: list[float] = []
+    async with setup.server("first_delta") as server:
+        client, stub = Connection(server.port), Connection(setup.stub_port)
+        assistant = await _assistant(client, tokens)
+        for _ in range(warm_up + setup.pick(500, 100)):
+            thread = await _make(client, "/v1/threads", {})
+            await _make(client, f"/v1/threads/{thread}/messages", _message())
+            ours.append((await _run(client, thread, assistant, tokens)).first_ms)
+            direct.append((await _direct(stub, tokens)).first_ms)
+    run, alone = _spread(ours[warm_up:]), _spread(direct[warm_up:])
+    rows = [row(f"first delta, added, {p}", run[p] - alone[p], "ms", f"stub {alone[p]:.2f} ms") for p in ("p50", "p99")]
+    return Findings(rows, {"run_ms": run, "stub_ms": alone})
+
+
+async def throughput(setup: Setup) -> Findings:
+    """Streamed runs per second: 32 clients; each makes a thread with a message, streams a run on it, and repeats."""
+    tokens, clients = 64, 32
+    stubs = _connections(setup.stub_port, clients)
+    ceiling = await loop_for(setup.pick(3, 1), stubs, lambda stub: _direct(stub, tokens))
+    deltas: list[int] = []
+    async with setup.server("throughput") as server:
+        ours = _connections(server.port, clients)
+        assistant = await _assistant(ours[0], tokens)
+
+        async def one_run(client: Connection) -> None:
+            deltas.append(len((await _thread_and_run(client, assistant, tokens)).marks))
+
+        cpu_before_s = cpu_s(server.pid)
+        pace = await loop_for(setup.pick(8, 3), ours, one_run, warm_up_s=1)
+        cpu_ms = (cpu_s(server.pid) - cpu_before_s) * 1000 / len(deltas)
+    deltas_per_run = sum(deltas) / len(deltas)
+    rows = [
+        row("runs, 32 clients × 64 tokens", pace.per_s, "per s", f"driver on the stub {ceiling.per_s:,.0f} per s"),
+        row("server CPU per run", cpu_ms, "ms", f"{deltas_per_run:.1f} deltas per run"),
+    ]
+    raw = {"runs_per_s": pace.per_s, "thread_and_run_ms": _spread(pace.took_ms), "server_cpu_ms_per_run": cpu_ms}
+    return Findings(rows, raw | {"driver_calls_per_s": ceiling.per_s, "deltas_per_run": deltas_per_run})
+
+
+# --- many streams ----------------------------------------------------------------------------------------------
+
+
+class Swarm(msgspec.Struct):
+    """What became of many streams at once. late_ms: by how much the gap between two texts exceeded the stub's."""
+
+    completed: int
+    first_ms: list[float]
+    late_ms: list[float]
+    failures: list[str]
+
+
+async def _swarm(starts: Sequence[Callable[[], Awaitable[Answer]]], per_s: float = STARTS_PER_S) -> Swarm:
+    """Start all streams, evenly at `per_s` a second, and wait for each until STREAM_LIMIT_S after its start."""
+    swarm = Swarm(0, [], [], [])
+
+    async def one(number: int, start: Callable[[], Awaitable[Answer]]) -> None:
+        await asyncio.sleep(number / per_s)
+        try:
+            async with asyncio.timeout(STREAM_LIMIT_S):
+                answer = await start()
+        except (BenchFailure, OSError, TimeoutError) as failure:
+            swarm.failures.append(f"{type(failure).__name__}: {failure}")
+            return
+        swarm.completed += 1
+        swarm.first_ms.append(answer.first_ms)
+        swarm.late_ms += [(after - before - 1 / STREAM_RATE) * 1000 for before, after in pairwise(answer.marks)]
+
+    await together(one(number, start) for number, start in enumerate(starts))
+    return swarm
+
+
+async def streams(setup: Setup) -> Findings:
+    """500 and 1,000 streams at once, 160 tokens at 20 a second, started at the owed 200 runs per second; and, without
+    a target, what a burst of 500 starts within one second does to the first delta."""
+    rows: list[Row] = []
+    raw: dict[str, Any] = {}
+    for count in (500,) if setup.quick else (500, 1000):
+        direct = await _stub_streams(setup, count)
+        ours, server_cpu_s = await _server_streams(setup, count)
+        rows += _stream_rows(count, ours, direct, server_cpu_s)
+        raw[str(count)] = {"afterglow": _swarm_raw(ours), "stub": _swarm_raw(direct), "server_cpu_s": server_cpu_s}
+    burst, _ = await _server_streams(setup, 500, BURST_TOKENS, 500)
+    if burst.completed:
+        beside = f"{burst.completed} of 500 complete"
+        rows.append(row("500 streams in 1 s, first delta, p99", percentile(burst.first_ms, 99), "ms", beside))
+    raw["burst"] = _swarm_raw(burst)
+    return Findings(rows, raw)
+
+
+async def _stub_streams(setup: Setup, count: int) -> Swarm:
+    stubs = _connections(setup.stub_port, count)
+    swarm = await _swarm([partial(_direct, stub, STREAM_TOKENS, STREAM_RATE) for stub in stubs])
+    for stub in stubs:
+        stub.close()
+    return swarm
+
+
+async def _server_streams(
+    setup: Setup, count: int, tokens: int = STREAM_TOKENS, per_s: float = STARTS_PER_S
+) -> tuple[Swarm, float]:
+    """The streams, and the CPU seconds that the server spent on them."""
+    async with setup.server(f"streams_{count}") as server:
+        clients = _connections(server.port, count)
+        assistant = await _assistant(clients[0], tokens, STREAM_RATE)
+        threads = await _in_batches([partial(_thread, client) for client in clients])
+        before_s = cpu_s(server.pid)
+        pairs = zip(clients, threads, strict=True)
+        swarm = await _swarm([partial(_run, client, thread, assistant, tokens) for client, thread in pairs], per_s)
+        return swarm, cpu_s(server.pid) - before_s
+
+
+def _stream_rows(count: int, ours: Swarm, direct: Swarm, server_cpu_s: float) -> list[Row]:
+    name = f"{count:,} streams"
+    beside = f"stub {direct.completed:,}" + (f"; {ours.failures[0][:60]}" if ours.failures else "")
+    rows = [row(f"{name}, complete", ours.completed, f"of {count:,}", beside)]
+    if ours.completed:
+        for p in (50, 99):
+            beside = f"stub {percentile(direct.first_ms, p):.1f} ms"
+            rows.append(row(f"{name}, first delta, p{p}", percentile(ours.first_ms, p), "ms", beside))
+        beside = f"stub {percentile(direct.late_ms, 99):.1f} ms"
+        rows.append(row(f"{name}, gap over 50 ms, p99", percentile(ours.late_ms, 99), "ms", beside))
+        rows.append(row(f"{name}, server CPU per token", server_cpu_s * 1e6 / (count * STREAM_TOKENS), "µs"))
+    return rows
+
+
+def _swarm_raw(swarm: Swarm) -> dict[str, Any]:
+    raw: dict[str, Any] = {"completed": swarm.completed, "failures": swarm.failures[:5]}
+    if swarm.completed:
+        raw |= {"first_delta_ms": _spread(swarm.first_ms), "late_ms": _spread(swarm.late_ms)}
+    return raw
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+async def memory(setup: Setup) -> Findings:
+    """Resident memory per open stream: 500 runs of one token per second, each on a connection of its own.
+
+    The warm-up, 100 whole runs on 20 other connections, has loaded all code but cannot have made room for 500 streams.
+    """
+    _need_proc()
+    count = setup.pick(500, 200)
+    async with setup.server("memory") as server:
+        makers = _connections(server.port, 20)
+        slow, at_once = await _assistant(makers[0], 60, 1), await _assistant(makers[0], 64)
+        await _in_batches([partial(_thread_and_run, maker, at_once, 64) for maker in makers * 5], 20)
+        threads = await _in_batches([partial(_thread, makers[number % 20]) for number in range(count)], 20)
+        await asyncio.sleep(1)
+        before = memory_of(server.pid)
+        after = await _memory_of_open(server, threads, slow)
+    children = f"children {(after.children_kb - before.children_kb) / count:.1f} KB"
+    rows = [row("memory per open stream", (after.server_kb - before.server_kb) / count, "KB", children)]
+    return Findings(rows, {"streams": count, "before": before._asdict(), "open": after._asdict()})
+
+
+async def _memory_of_open(server: Server, threads: Sequence[str], assistant: str) -> Memory:
+    """Open a stream on each thread, wait until each has sent text, and read the server's memory while all are open."""
+    clients = _connections(server.port, len(threads))
+    pairs = zip(clients, threads, strict=True)
+    runs = [asyncio.create_task(_run(client, thread, assistant, 60)) for client, thread in pairs]
+    try:
+        async with asyncio.timeout(20):
+            while not all(client.marks for client in clients):
+                await _while_running(runs, 0.1)
+        await _while_running(runs, 2)
+        return memory_of(server.pid)
+    finally:
+        for run in runs:
+            run.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+
+
+async def _while_running(runs: Iterable[asyncio.Task[Answer]], seconds: float) -> None:
+    """Let time pass, and raise what a run has failed of meanwhile."""
+    ended, _ = await asyncio.wait(runs, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    for run in ended:
+        run.result()
+
+
+def _need_proc() -> None:
+    if not has_proc():
+        raise BenchFailure("memory is read from /proc, which is Linux")
+
+
+# --- plain requests --------------------------------------------------------------------------------------------
+
+
+async def crud(setup: Setup) -> Findings:
+    """Plain requests: latency with one client, rate with 64; each client has a thread of 20 messages of its own."""
+    stubs = _connections(setup.stub_port, 64)
+    ceiling = await _alone_and_together(setup, stubs, lambda stub: stub.ask("GET", "/v1/models"))
+    async with setup.server("crud") as server:
+        clients = _connections(server.port, 64)
+        made = await _in_batches([partial(_thread, client, 20) for client in clients])
+        at = {client: f"/v1/threads/{thread}" for client, thread in zip(clients, made, strict=True)}
+        kinds: dict[str, Callable[[Connection], Awaitable[Answer]]] = {
+            "read a thread": lambda client: client.ask("GET", at[client]),
+            "list 20 messages": lambda client: client.ask("GET", f"{at[client]}/messages"),
+            "post a message": lambda client: client.ask("POST", f"{at[client]}/messages", _message()),
+            "create a thread": lambda client: client.ask("POST", "/v1/threads", {}),
+        }
+        paces = {what: await _alone_and_together(setup, clients, ask) for what, ask in kinds.items()}
+    rows = [line for what, pair in paces.items() for line in _crud_rows(what, pair, ceiling)]
+    raw = {what: _crud_raw(*pair) for what, pair in [*paces.items(), ("stub", ceiling)]}
+    return Findings(rows, raw)
+
+
+async def _alone_and_together(
+    setup: Setup, clients: Sequence[Connection], ask: Callable[[Connection], Awaitable[Answer]]
+) -> tuple[Pace, Pace]:
+    async def call(client: Connection) -> None:
+        expect(await ask(client))
+
+    alone = await loop_for(setup.pick(2, 0.5), clients[:1], call)
+    return alone, await loop_for(setup.pick(3, 1), clients, call)
+
+
+def _crud_rows(what: str, paces: tuple[Pace, Pace], ceiling: tuple[Pace, Pace]) -> list[Row]:
+    (alone, crowd), (stub_alone, stub_crowd) = paces, ceiling
+    stub_ms = percentile(stub_alone.took_ms, 50)
+    return [
+        row(f"{what}, 1 client, p50", percentile(alone.took_ms, 50), "ms", f"stub {stub_ms:.2f} ms"),
+        row(f"{what}, 64 clients", crowd.per_s, "per s", f"driver on the stub {stub_crowd.per_s:,.0f} per s"),
+    ]
+
+
+def _crud_raw(alone: Pace, crowd: Pace) -> dict[str, Any]:
+    return {"alone_ms": _spread(alone.took_ms), "crowd_ms": _spread(crowd.took_ms), "crowd_per_s": crowd.per_s}
+
+
+# --- long threads ----------------------------------------------------------------------------------------------
+
+LIST, APPEND, RUN, SHORT_RUN = "list 20", "append", "run", "run, last 10 messages"
+# A thread holds 100,000 messages at most; the measurement appends some too.
+LONG = {"10,000": 10_000, "100,000": 99_000}
+
+
+async def long_threads(setup: Setup) -> Findings:
+    """List, append and run on threads of 10,000 and 100,000 messages, over the same on new threads of 10.
+
+    The threads take turns, so that all see the same noise. The list is compared with that of a thread of 20, which
+    fills its page; a plain run sees as many messages as fit the model's window; the last kind sees ten on all.
+    """
+    took_ms: dict[str, dict[str, list[float]]] = {}
+    fill_s: dict[str, float] = {}
+    async with setup.server("long_threads") as server:
+        client = Connection(server.port)
+        assistant = await _assistant(client, 8)
+        threads: dict[str, str] = {}
+        order = random.Random(1)  # a fixed order can keep step with something periodic, such as garbage collection
+        for name, count in LONG.items():
+            started = asyncio.get_running_loop().time()
+            threads[name] = await _long_thread(server, count)
+            fill_s[name] = asyncio.get_running_loop().time() - started
+        for _ in range(setup.pick(100, 30)):
+            for name in order.sample(("10", *threads), k=len(threads) + 1):
+                sink = took_ms.setdefault(name, {})
+                await _one_of_each(client, threads.get(name), assistant, sink)
+    rows = [line for name in threads for line in _long_rows(name, took_ms)]
+    raw = {name: {kind: _spread(values) for kind, values in kinds.items()} for name, kinds in took_ms.items()}
+    return Findings(rows, {"took_ms": raw, "fill_s": fill_s})
+
+
+async def _one_of_each(client: Connection, long: str | None, assistant: str, sink: dict[str, list[float]]) -> None:
+    # New threads are made in every turn: a request that follows others at once is faster than one after a pause.
+    listed, thread = await _thread(client, 20), await _thread(client, 10)
+    if long:
+        listed = thread = long
+    tail: dict[str, object] = {"truncation_strategy": {"type": "last_messages", "last_messages": 10}}
+    answers = {
+        LIST: expect(await client.ask("GET", f"/v1/threads/{listed}/messages?limit=20")),
+        APPEND: expect(await client.ask("POST", f"/v1/threads/{thread}/messages", _message())),
+        RUN: await _run(client, thread, assistant, 8),
+        SHORT_RUN: await _run(client, thread, assistant, 8, **tail),
+    }
+    for kind, answer in answers.items():
+        sink.setdefault(kind, []).append(answer.took_ms)
+
+
+async def _long_thread(server: Server, count: int) -> str:
+    """Make a thread of so many messages: with the thread as far as the server takes them, the rest one by one."""
+    clients = _connections(server.port, 64)
+    for with_thread in (count, 10_000, 1_000, 0):
+        body = {"messages": [_message()] * with_thread}
+        answer = await clients[0].ask("POST", "/v1/threads", body)
+        if answer.status == 200:
+            break
+    thread = msgspec.json.decode(expect(answer).body, type=Made).id
+    await together(_append(client, thread, len(range(n, count - with_thread, 64))) for n, client in enumerate(clients))
+    for client in clients:
+        client.close()
+    return thread
+
+
+async def _append(client: Connection, thread: str, count: int) -> None:
+    for _ in range(count):
+        expect(await client.ask("POST", f"/v1/threads/{thread}/messages", _message()))
+
+
+def _long_rows(name: str, took_ms: dict[str, dict[str, list[float]]]) -> Iterable[Row]:
+    for kind in (LIST, APPEND, RUN, SHORT_RUN):
+        long, short = percentile(took_ms[name][kind], 50), percentile(took_ms["10"][kind], 50)
+        yield row(f"thread of {name}: {kind}", long / short, "×", f"{long:.2f} ms, short thread {short:.2f} ms")
+
+
+# --- start -----------------------------------------------------------------------------------------------------
+
+
+async def start(setup: Setup) -> Findings:
+    """Start to the first 200 on /healthz, on empty data folders and on a used one, and the memory two seconds later."""
+    times = setup.pick(5, 3)
+    empty = [await _start_s(setup, f"start_{number}") for number in range(times)]
+    await _use_folder(setup, "start_0")
+    used = [await _start_s(setup, "start_0") for _ in range(times)]
+    rows = [
+        row("start to first 200, empty folder, p50", percentile(empty, 50), "s", f"slowest {max(empty):.2f} s"),
+        row("start to first 200, used folder, p50", percentile(used, 50), "s", f"slowest {max(used):.2f} s"),
+    ]
+    raw: dict[str, Any] = {"empty_s": empty, "used_s": used}
+    if has_proc():
+        async with setup.server("start_rest") as server:
+            await asyncio.sleep(2)
+            rest = memory_of(server.pid)
+        total_mb = (rest.server_kb + rest.children_kb) / 1024
+        rows.append(row("memory at rest", rest.server_kb / 1024, "MB", f"with children {total_mb:.1f} MB"))
+        raw["at_rest"] = rest._asdict()
+    return Findings(rows, raw)
+
+
+async def _start_s(setup: Setup, folder: str) -> float:
+    async with setup.server(folder) as server:
+        return server.start_s
+
+
+async def _use_folder(setup: Setup, folder: str) -> None:
+    async with setup.server(folder) as server:
+        clients = _connections(server.port, 20)
+        assistant = await _assistant(clients[0], 64)
+        await _in_batches([partial(_thread_and_run, client, assistant, 64) for client in clients * 10], 20)
+        await _thread(clients[0], 5_000)
+
+
+SCENARIOS: dict[str, Callable[[Setup], Awaitable[Findings]]] = {
+    "start": start,
+    "first_delta": first_delta,
+    "throughput": throughput,
+    "crud": crud,
+    "streams": streams,
+    "memory": memory,
+    "long_threads": long_threads,
+}
