@@ -13,9 +13,10 @@ from collections.abc import Callable, Generator
 
 import uvicorn
 import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from afterglow.app import Application, open_application
-from afterglow.errors import ConfigError
+from afterglow.errors import ConfigError, InvalidRequest
 from afterglow.settings import Settings
 
 GRACE_S = 3
@@ -43,7 +44,7 @@ async def _serve(settings: Settings, say: Callable[[str], None]) -> None:
             config = uvicorn.Config(
                 application,
                 loop="none",
-                http="httptools",
+                http=_Protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -59,6 +60,16 @@ async def _serve(settings: Settings, say: Callable[[str], None]) -> None:
     finally:
         listening.close()
     say("Stopped. Everything acknowledged is stored; runs in progress go on at the next start.")
+
+
+class _Protocol(HttpToolsProtocol):
+    """Answers what cannot be read as HTTP in the API's own form."""
+
+    def send_400_response(self, msg: str) -> None:
+        body = InvalidRequest(msg).body()
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):

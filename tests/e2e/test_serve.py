@@ -102,6 +102,20 @@ async def test_a_port_in_use(tmp_path: Path):
         assert said == f"afterglow: Cannot listen on 127.0.0.1, port {port}: Address already in use.\n"
 
 
+async def test_what_is_no_http(tmp_path: Path):
+    """Bytes that cannot be read as HTTP get the API's error form, and the server goes on."""
+    async with serving(tmp_path) as served:
+        url = httpx2.URL(served.url)
+        reader, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(b"GET \x00 nonsense\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        async with client(served) as asking:
+            assert (await asking.models.list()).data
+
+
 async def test_beyond_loopback_only_with_keys(tmp_path: Path):
     """Another address than loopback is refused with the command that makes a key; that command is the way out."""
     flags = ("--host", "0.0.0.0")
