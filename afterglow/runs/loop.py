@@ -299,8 +299,9 @@ class Execution:
         if not turn.calls:
             await self._open_calls(turn)
         assert turn.step is not None
-        if delta.index and self.row.asked.parallel_tool_calls is False:
-            return  # a server that ignores the request for one call at a time
+        asked = self.row.asked
+        if asked.tool_choice == "none" or (delta.index and asked.parallel_tool_calls is False):
+            return  # a server that does not do as it was asked
         if delta.index >= len(turn.calls):
             kind = self._offered.kinds.get(delta.name, "function")
             turn.calls.append(Call(delta.id, delta.name, kind))

@@ -61,6 +61,15 @@ async def test_one_call_at_a_time_means_one(server: Server) -> None:
     assert call.function.arguments == '{"city":"Oslo"}'
 
 
+async def test_no_call_means_none(server: Server) -> None:
+    """With tool_choice none, a model that calls all the same is taken at its words, here none."""
+    server.model.will(calls(("get_weather", {"city": "Oslo"})))
+    run = await server.run("Weather?", tools=[GET_WEATHER], tool_choice="none")
+    assert run.status == "completed"
+    assert server.model.requests[0].tool_choice == "none"
+    assert await server.last_text(run.thread_id) == ""
+
+
 async def test_a_message_deleted_while_it_is_written_leaves_no_text(server: Server) -> None:
     """Neither what was said before the deletion nor after it stays in the run's log; the run itself goes on."""
     gate = asyncio.Event()

@@ -377,13 +377,12 @@ NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
 async def test_tool_choice_is_for_the_first_turn(server: Server) -> None:
-    """A demand for tools goes with the first model call of the run only, or the run would loop; `none` with all."""
+    """A demand for tools goes with the first model call of the run only, or the run would loop."""
     choices: list[tuple[Any, Any, Any]] = [
         (None, None, None),
         ("auto", "auto", None),
         ("required", "required", None),
         (NAMED, NAMED, None),
-        ("none", "none", "none"),
     ]
     for choice, first, later in choices:
         server.model.will(calls(WEATHER_IN_OSLO), says("Rain."))
