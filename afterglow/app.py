@@ -218,14 +218,10 @@ class _Routed:
 def _routes() -> list[BaseRoute]:
     routes: list[BaseRoute] = [Route(path, act, methods=[method]) for method, path, act in OPEN_ROUTES]
     for prefix in PREFIXES:
-        routes += _merged(prefix)
+        routes += [Route(prefix + path, act, methods=[method]) for method, path, act in ROUTES]
         routes += [Route(prefix + path, models_api.forward, methods=FORWARDED_METHODS) for path in models_api.FORWARDED]
     routes.append(Route("/openai/deployments/{deployment}/{rest:path}", models_api.forward, methods=FORWARDED_METHODS))
     return routes
-
-
-def _merged(prefix: str) -> list[BaseRoute]:
-    return [Route(prefix + path, act, methods=[method]) for method, path, act in ROUTES]
 
 
 async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:

@@ -80,8 +80,7 @@ async def modify_assistant(house: House, project: str, assistant_id: str, body: 
             if (value := getattr(body, name)) is not UNSET:
                 setattr(asked, name, plain(value))
         show_sampling(assistant, asked)
-        seq = assistant.created_at * 1_000_000  # not used: the row keeps its place
-        await assistant_rows.put_assistant(tx, project, row, seq)
+        await assistant_rows.put_assistant(tx, project, row)
         return assistant
 
     return await house.store.write(work)

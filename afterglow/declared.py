@@ -71,7 +71,7 @@ async def _release_others(tx: Transaction, declared: set[tuple[str, str]]) -> li
     for project, assistant_id in await list_declared(tx):
         row = await get_assistant(tx, project, assistant_id)
         if row is not None and (project, assistant_id) not in declared:
-            await put_assistant(tx, project, row._replace(declared=False), 0)  # it keeps its place
+            await put_assistant(tx, project, row._replace(declared=False))
             released.append(assistant_id)
     return released
 

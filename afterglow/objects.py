@@ -35,6 +35,9 @@ RunStatus = Literal[
     "incomplete",
     "expired",
 ]
+# A run holds its thread while it is active; a worker has it, or had it when it died, while it is held.
+ACTIVE_RUNS: frozenset[RunStatus] = frozenset({"queued", "in_progress", "requires_action", "cancelling"})
+HELD_RUNS: frozenset[RunStatus] = frozenset({"in_progress", "cancelling"})
 StepStatus = Literal["in_progress", "cancelled", "failed", "completed", "expired"]
 MessageStatus = Literal["in_progress", "incomplete", "completed"]
 Json = dict[str, Any]

@@ -6,11 +6,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import __version__
-from afterglow.access import DEFAULT_PROJECT
 from afterglow.api.answers import house_of, reply
-from afterglow.contracts import Transaction
 from afterglow.errors import StoreError, Unavailable
-from afterglow.rows.keys import put_project
+from afterglow.rows.keys import try_writing
 
 
 async def healthz(request: Request) -> Response:
@@ -22,13 +20,8 @@ async def healthz(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """GET /readyz: 200 when the database can be written, which is tried, else 503."""
-    house = house_of(request)
-
-    async def work(tx: Transaction) -> None:
-        await put_project(tx, DEFAULT_PROJECT, int(house.clock.now()))
-
     try:
-        await house.store.write(work)
+        await house_of(request).store.write(try_writing)
     except StoreError as error:
         raise Unavailable("The database cannot be written.") from error
     return reply({"status": "ready"})

@@ -51,8 +51,8 @@ async def list_assistants(
     )
 
 
-async def put_assistant(tx: Transaction, project: str, row: AssistantRow, seq: int) -> None:
-    """Insert, or replace the one with this id; a replaced one keeps its place in lists."""
+async def put_assistant(tx: Transaction, project: str, row: AssistantRow, seq: int = 0) -> None:
+    """Insert at `seq`, or replace the one with this id, which keeps its place in lists."""
     await tx.execute(
         "INSERT INTO assistants (project_id, id, seq, created_at, declared, asked, object)"
         " VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (project_id, id) DO UPDATE SET"

@@ -21,18 +21,14 @@ class KeyRow(NamedTuple):
 _COLUMNS = "id, project_id, name, hint, created_at, revoked_at"
 
 
-async def put_project(tx: Transaction, project: str, now: int) -> None:
-    """Insert the project; one that is there is written anew, unchanged."""
-    await tx.execute(
-        "INSERT INTO projects (id, created_at) VALUES ($1, $2)"
-        " ON CONFLICT (id) DO UPDATE SET created_at = projects.created_at",
-        project,
-        now,
-    )
+async def try_writing(tx: Transaction) -> None:
+    """Write, and leave nothing behind. An update that changes nothing would not do: SQLite writes none of it."""
+    await tx.execute("INSERT INTO projects (id, created_at) VALUES ('', 0)")
+    await tx.execute("DELETE FROM projects WHERE id = ''")
 
 
 async def insert_key(tx: Transaction, project: str, row: KeyRow, key_hash: str) -> None:
-    await put_project(tx, project, row.created_at)
+    await tx.execute("INSERT INTO projects VALUES ($1, $2) ON CONFLICT (id) DO NOTHING", project, row.created_at)
     await tx.execute(
         "INSERT INTO api_keys (id, project_id, name, hash, hint, created_at) VALUES ($1, $2, $3, $4, $5, $6)",
         row.id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from afterglow.contracts import SqlValue, Transaction
-from afterglow.objects import Run, Usage
+from afterglow.objects import ACTIVE_RUNS, HELD_RUNS, Run, Usage
 from afterglow.rows.lists import ListPage, list_page
 
 
@@ -129,8 +129,9 @@ async def insert_run(tx: Transaction, row: RunRow) -> None:
     )
 
 
-async def update_run(tx: Transaction, row: RunRow, *, active: bool, held: bool) -> None:
-    """Write object, status and spent tokens. active: it holds its thread; held: its worker keeps it."""
+async def update_run(tx: Transaction, row: RunRow) -> None:
+    """Write object, status and spent tokens. The thread is free, and the worker has let go, as the status says."""
+    held = row.run.status in HELD_RUNS
     await tx.execute(
         "UPDATE runs SET status = $3, holds_thread = $4, spent = $5, object = $6"
         + ("" if held else ", worker = NULL, lease_until = NULL")
@@ -138,7 +139,7 @@ async def update_run(tx: Transaction, row: RunRow, *, active: bool, held: bool) 
         row.project,
         row.run.id,
         row.run.status,
-        int(active),
+        int(row.run.status in ACTIVE_RUNS),
         msgspec.json.encode(row.spent).decode(),
         msgspec.json.encode(row.run).decode(),
     )

@@ -16,6 +16,7 @@ from afterglow.contracts import START, House, Position, Segment, Transaction
 from afterglow.errors import BadToolOutputs, InvalidRequest, NotFound, ThreadBusy
 from afterglow.ids import new_id
 from afterglow.objects import (
+    HELD_RUNS,
     CreateRun,
     CreateThreadAndRun,
     LastError,
@@ -33,7 +34,7 @@ from afterglow.rows.assistants import AssistantRow, get_assistant
 from afterglow.rows.runs import RunAsked, RunRow
 from afterglow.rows.steps import PlacedStep
 from afterglow.runs.closing import close_open_steps, close_step
-from afterglow.runs.states import HELD, TERMINAL, move_run
+from afterglow.runs.states import TERMINAL, move_run
 from afterglow.runs.transcript import Event, Transcript, run_event, step_event, stop_of
 from afterglow.tools.function import stored_form
 
@@ -223,8 +224,7 @@ async def modify_run(house: House, project: str, thread_id: str, run_id: str, bo
         row = await _get_run(tx, project, thread_id, run_id)
         if body.metadata is not UNSET:
             row.run.metadata = body.metadata or {}
-        status = row.run.status
-        await run_rows.update_run(tx, row, active=status not in TERMINAL, held=status in HELD)
+        await run_rows.update_run(tx, row)
         return row.run
 
     return await house.store.write(work)
@@ -242,9 +242,9 @@ async def cancel_run(house: House, project: str, thread_id: str, run_id: str) ->
             return expired.run, expired
         if row.run.status == "cancelling":
             return row.run, None
-        if row.run.status in HELD:
+        if row.run.status in HELD_RUNS:
             move_run(row.run, "cancel_asked", int(house.clock.now()))
-            await run_rows.update_run(tx, row, active=True, held=True)
+            await run_rows.update_run(tx, row)
             return row.run, None
         if row.run.status in TERMINAL:
             return row.run, None
@@ -379,7 +379,7 @@ async def _write(tx: Transaction, house: House, row: RunRow, events: list[Event]
     since = await event_rows.get_last_position(tx, row.project, row.run.id)
     transcript = Transcript(row.attempt, since.sequence if since.attempt == row.attempt else 0)
     segment = transcript.number(events, stop_of(row.run))
-    await run_rows.update_run(tx, row, active=row.run.status not in TERMINAL, held=False)
+    await run_rows.update_run(tx, row)
     await event_rows.insert_segment(tx, row.project, row.run.id, segment, int(house.clock.now()))
     return Happened(
         row.project, msgspec.structs.replace(row.run), Position(segment.attempt, segment.first - 1), segment

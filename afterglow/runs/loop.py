@@ -44,7 +44,7 @@ from afterglow.runs.closing import InHand, close_open_steps, close_step
 from afterglow.runs.context import Calibration, chat_messages, estimate_tokens
 from afterglow.runs.interrupt import Interrupt, Interrupted
 from afterglow.runs.prompt import Prompt, PromptRules, chat_response_format, read_prompt
-from afterglow.runs.states import HELD, TERMINAL, RunEvent, end_message, move_run
+from afterglow.runs.states import RunEvent, end_message, move_run
 from afterglow.runs.transcript import (
     Event,
     Transcript,
@@ -126,7 +126,8 @@ class Execution:
         """Call the model once and do what it says; return whether it must be called again."""
         run = self.row.run
         prompt = await self._read_prompt()
-        if run.max_prompt_tokens is not None and prompt.needed_tokens > run.max_prompt_tokens - self._spent_prompt():
+        prompt_left = None if run.max_prompt_tokens is None else run.max_prompt_tokens - self.row.spent.prompt_tokens
+        if prompt_left is not None and prompt.needed_tokens > prompt_left:
             await self._stop("ran_out", incomplete="max_prompt_tokens")
             return False
         completion_left = self._completion_left()
@@ -211,9 +212,6 @@ class Execution:
                 if part["type"] == "image_url" and not part["image_url"]["url"].startswith("data:"):
                     fetching = partial(self.house.images.data_url, part["image_url"]["url"])
                     part["image_url"] = {**part["image_url"], "url": await self.interrupt.wait(fetching)}
-
-    def _spent_prompt(self) -> int:
-        return self.row.spent.prompt_tokens
 
     def _completion_left(self) -> int | None:
         limit = self.row.run.max_completion_tokens
@@ -579,8 +577,7 @@ class Execution:
             if row is None:
                 raise LostLease(self.row.run.id)
             segment = self._transcript.number(await work(tx, row), stop_of(row.run))
-            active = row.run.status not in TERMINAL
-            await run_rows.update_run(tx, row, active=active, held=row.run.status in HELD)
+            await run_rows.update_run(tx, row)
             parts = [*self._unwritten, segment]
             if await self._message_is_gone(tx):
                 parts = [part._replace(data=b"") for part in parts]

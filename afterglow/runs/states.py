@@ -77,7 +77,6 @@ RUN_MOVES: dict[RunStatus, dict[RunEvent, RunStatus]] = {
 
 TERMINAL: frozenset[RunStatus] = frozenset(status for status, moves in RUN_MOVES.items() if not moves)
 ACTIVE: frozenset[RunStatus] = frozenset(RUN_MOVES) - TERMINAL
-HELD: frozenset[RunStatus] = frozenset({"in_progress", "cancelling"})  # a worker has it, or had it when it died
 
 # What an end of the run means for a step that is still open, and for a half-written message.
 OPEN_STEP_ENDS: dict[RunStatus, StepStatus] = {

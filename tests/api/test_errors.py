@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import sqlite3
+from contextlib import closing
 from typing import Any
 
 import openai
 import pytest
 
-from afterglow.app import OPEN_ROUTES, ROUTES
+from afterglow.app import OPEN_ROUTES, ROUTES, database_path
 from afterglow.contracts import Work
 from afterglow.errors import AfterglowError, ModelUnreachable, StoreFull, StoreUnavailable
 from afterglow.testing import calls, says
@@ -259,6 +261,16 @@ async def test_not_ready_while_the_database_is_broken(server: Server, wire: Wire
     finally:
         house.store = store
     assert (await wire.get("//readyz")).json == {"status": "ready"}
+
+
+async def test_being_ready_is_tried_by_writing(server: Server, wire: Wire):
+    """/readyz commits a change each time, which another connection sees; /healthz touches nothing."""
+    with closing(sqlite3.connect(database_path(server.house.settings))) as beside:
+        versions = []
+        for path in ("//healthz", "//readyz", "//readyz"):
+            assert (await wire.get(path)).status == 200
+            versions.append(beside.execute("PRAGMA data_version").fetchone()[0])
+    assert len(set(versions)) == 3
 
 
 async def test_a_model_server_that_is_gone_is_unavailable(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch):

@@ -78,11 +78,11 @@ async def test_a_thread_takes_one_active_run(rows: Rows):
     row = await rows.run("run_1", thread_id="thread_1")
     for status in ("queued", "in_progress", "requires_action", "cancelling"):
         row.run.status = status
-        await rows(runs.update_run, row, active=True, held=False)
+        await rows(runs.update_run, row)
         with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
             await rows.run("run_2", thread_id="thread_1", seq=2)
     row.run.status = "completed"
-    await rows(runs.update_run, row, active=False, held=False)
+    await rows(runs.update_run, row)
     await rows.run("run_2", thread_id="thread_1", seq=2)
     found = await rows(runs.get_active_run, P, "thread_1")
     assert found.run.id == "run_2"
@@ -103,7 +103,7 @@ async def test_a_run_is_read_as_it_was_written(rows: Rows):
     row.asked.temperature = 0.5
     await rows.claim(row, "w1", NOW + 10)
     row.spent = Usage(prompt_tokens=3, completion_tokens=4, total_tokens=7)
-    await rows(runs.update_run, row, active=True, held=True)
+    await rows(runs.update_run, row)
     found = await rows(runs.get_run, P, row.run.thread_id, "run_1")
     row.asked.temperature = None  # what was asked is written once, at the start
     assert found == row
@@ -139,11 +139,11 @@ async def test_a_run_is_abandoned_when_its_lease_is_over(rows: Rows):
     waiting = await rows.run("waiting")
     await rows.claim(waiting, "w1", NOW - 1)
     waiting.run.status = "requires_action"
-    await rows(runs.update_run, waiting, active=True, held=False)
+    await rows(runs.update_run, waiting)
     over = await rows.run("over")
     await rows.claim(over, "w1", NOW - 1)
     over.run.status = "failed"
-    await rows(runs.update_run, over, active=False, held=False)
+    await rows(runs.update_run, over)
     assert await rows.abandoned(NOW) == ["dead", "dying"]
     assert await rows.abandoned(NOW, limit=1) == ["dead"]
     assert await rows.abandoned(NOW + 2) == ["dead", "dying", "alive", "just"]
@@ -156,7 +156,7 @@ async def test_a_worker_renews_what_is_its_own(rows: Rows):
     await rows.claim(theirs, "w2", NOW + 1)
     await rows.claim(done, "w1", NOW + 1)
     done.run.status = "requires_action"
-    await rows(runs.update_run, done, active=True, held=False)
+    await rows(runs.update_run, done)
     assert await rows(runs.renew_leases, "w1", NOW + 20) == {"mine"}
     assert await rows.abandoned(NOW + 10) == ["theirs"]
     assert await rows.abandoned(NOW + 30) == ["mine", "theirs"]
@@ -192,11 +192,11 @@ async def test_only_the_last_attempt_holds_a_run(rows: Rows):
     await rows.claim(row, "w1", NOW + 10)
     assert (await rows.held(row, 1), await rows.held(row, 2)) == (False, True)
     row.run.status = "requires_action"
-    await rows(runs.update_run, row, active=True, held=False)
+    await rows(runs.update_run, row)
     assert not await rows.held(row, 2)
     await rows.claim(row, "w1", NOW + 10)
     row.run.status = "completed"
-    await rows(runs.update_run, row, active=False, held=False)
+    await rows(runs.update_run, row)
     assert not await rows.held(row, 3)
 
 
@@ -214,7 +214,7 @@ async def test_what_is_overdue_and_held_by_nobody_is_found(rows: Rows):
     await rows.claim(dead, "w1", DEADLINE - 1)
     await rows.claim(alive, "w1", DEADLINE + 5)
     over.run.status = "expired"
-    await rows(runs.update_run, over, active=False, held=False)
+    await rows(runs.update_run, over)
 
     async def overdue(now: float) -> set[str]:
         return {row.run.id for row in await rows(runs.list_overdue, now, 10)}
@@ -268,7 +268,7 @@ async def test_events_of_active_runs_are_kept(rows: Rows):
         for number, at in enumerate((NOW, NOW + 1, NOW + 100), 1):
             await rows(events.insert_segment, P, run.run.id, segment(0, number, number), at)
     over.run.status = "completed"
-    await rows(runs.update_run, over, active=False, held=False)
+    await rows(runs.update_run, over)
     assert await rows(events.delete_events_before, NOW + 50, 1) == 1
     assert await rows(events.delete_events_before, NOW + 50, 9) == 1
     assert await rows(events.delete_events_before, NOW + 50, 9) == 0

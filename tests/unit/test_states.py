@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from afterglow.objects import (
+    ACTIVE_RUNS,
+    HELD_RUNS,
     LastError,
     Message,
     MessageStatus,
@@ -23,7 +25,6 @@ from afterglow.objects import (
 )
 from afterglow.runs.states import (
     ACTIVE,
-    HELD,
     OPEN_MESSAGE_REASONS,
     OPEN_STEP_ENDS,
     RUN_MOVES,
@@ -150,7 +151,7 @@ def test_the_sets_are_the_references():
     """Terminal, thread-holding and worker-held are the statuses that the reference and the header say."""
     assert {"completed", "failed", "cancelled", "incomplete", "expired"} == TERMINAL
     assert {"queued", "in_progress", "requires_action", "cancelling"} == ACTIVE
-    assert {status for status in ACTIVE if RUN_MOVES[status].get("claimed") == status} == HELD
+    assert {status for status in ACTIVE if RUN_MOVES[status].get("claimed") == status} == HELD_RUNS
 
 
 def test_what_is_left_open_has_an_end_for_every_end_of_the_run():
@@ -303,3 +304,9 @@ def test_a_message_that_is_not_being_written_does_not_end(status: MessageStatus)
     """Messages of callers are complete from the start."""
     message = message_in(status)
     assert_refused(lambda: end_message(message, NOW), message)
+
+
+def test_the_statuses_that_rows_know_are_those_of_the_table():
+    """Active is whatever has a way on; what a worker holds is active."""
+    assert ACTIVE_RUNS == ACTIVE
+    assert HELD_RUNS < ACTIVE_RUNS
