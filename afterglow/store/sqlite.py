@@ -261,8 +261,7 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-    if mode != "wal":
+    if _switch_to_wal(connection) != "wal":
         raise ConfigError(
             f"{path.parent} is on a file system that cannot hold SQLite's write-ahead log; use a local disk."
         )
@@ -270,6 +269,19 @@ def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     connection.execute("PRAGMA cache_size = -16384")
     connection.execute("PRAGMA temp_store = MEMORY")
     os.chmod(path, 0o600)
+
+
+def _switch_to_wal(connection: sqlite3.Connection) -> str:
+    """The journal mode that the file is in now. Two that open a new file at once can get in each other's way here,
+    and this is the one lock that SQLite does not wait for by itself."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            return str(connection.execute("PRAGMA journal_mode = WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def migrate(connection: sqlite3.Connection) -> None:
