@@ -23,7 +23,7 @@ async def create_assistant(house: House, project: str, body: CreateAssistant, or
     now = house.clock.now()
 
     async def work(tx: Transaction) -> Assistant:
-        resources = await checked_resources(tx, project, body.tool_resources)
+        resources = await checked_resources(tx, project, body.tool_resources, now)
         row = new_assistant(body, new_id("asst"), int(now))
         row.assistant.tool_resources = resources
         await assistant_rows.put_assistant(tx, project, row, round(now * 1_000_000))
@@ -75,7 +75,7 @@ async def modify_assistant(house: House, project: str, assistant_id: str, body: 
         if body.metadata is not UNSET:
             assistant.metadata = body.metadata or {}
         if body.tool_resources is not UNSET:
-            assistant.tool_resources = await checked_resources(tx, project, body.tool_resources)
+            assistant.tool_resources = await checked_resources(tx, project, body.tool_resources, house.clock.now())
         for name in SAMPLING:
             if (value := getattr(body, name)) is not UNSET:
                 setattr(asked, name, plain(value))

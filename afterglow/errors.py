@@ -21,7 +21,13 @@
     │   └── ImageUnavailable
     ├── StoreError               the database said no
     │   ├── StoreFull
-    │   └── StoreUnavailable
+    │   ├── StoreUnavailable
+    │   └── BlobMissing
+    ├── SandboxError             the code interpreter could not do it; the model is told
+    │   ├── SandboxOff
+    │   ├── SandboxBusy
+    │   ├── SandboxFull
+    │   └── SessionLost
     ├── LostLease                another attempt of the run has taken over
     └── ConfigError              a setting is wrong; shown by the command line, never over HTTP
 
@@ -120,7 +126,10 @@ class NotFound(ApiError):
 
 
 class BodyTooLarge(ApiError):
-    """The body is larger than `max_body_mb`. Wire: HTTP 413, type `invalid_request_error`."""
+    """The body is larger than `max_body_mb`, or a file than `max_file_mb`.
+
+    Wire: HTTP 413, type `invalid_request_error`.
+    """
 
     status = 413
     type = "invalid_request_error"
@@ -203,6 +212,30 @@ class StoreFull(StoreError):
 
 class StoreUnavailable(StoreError):
     """The database cannot be read or written just now. Wire: HTTP 503."""
+
+
+class BlobMissing(StoreError):
+    """The bytes of a file are not where they were put. Wire: HTTP 503."""
+
+
+class SandboxError(AfterglowError):
+    """The code interpreter could not do what it was asked; the text is for the model and the run's owner."""
+
+
+class SandboxOff(SandboxError):
+    """No engine can be had here; the text says why, and what to do about it."""
+
+
+class SandboxBusy(SandboxError):
+    """As many sessions are open as may be, or the machine has no room for another just now."""
+
+
+class SandboxFull(SandboxError):
+    """A file does not fit into the session."""
+
+
+class SessionLost(SandboxError):
+    """The session is over: its variables are gone. A new one can be opened."""
 
 
 class LostLease(AfterglowError):

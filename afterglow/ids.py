@@ -15,9 +15,14 @@ TIME_CHARS = 8
 RANDOM_CHARS = 16
 
 
-def new_id(prefix: str) -> str:
-    """Return e.g. `msg_0V4kXw3q…`: prefix, 8 characters of time in ms (until the year 8,800), 16 of chance."""
-    return f"{prefix}_{_base62(time.time_ns() // 1_000_000, TIME_CHARS)}{_base62(secrets.randbits(95), RANDOM_CHARS)}"
+def new_id(prefix: str, sign: str = "_") -> str:
+    """Return e.g. `msg_0V4kXw3q…`: prefix, 8 characters of time in ms (until the year 8,800), 16 of chance.
+
+    sign: between the two; ids of files have a hyphen there.
+    """
+    return (
+        f"{prefix}{sign}{_base62(time.time_ns() // 1_000_000, TIME_CHARS)}{_base62(secrets.randbits(95), RANDOM_CHARS)}"
+    )
 
 
 def _base62(number: int, width: int) -> str:

@@ -481,11 +481,31 @@ class RunStep(Struct, kw_only=True):
     usage: Usage | None = None
 
 
+# --- files -----------------------------------------------------------------------------------------------------
+
+FilePurpose = Literal["fine-tune", "assistants", "batch", "user_data", "vision", "evals"]
+
+
+class File(Struct, kw_only=True):
+    """purpose: as uploaded, or `assistants_output` for what the code interpreter wrote. `status` is deprecated in the
+    original and always there."""
+
+    id: str
+    object: str = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None = None
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"] = "processed"
+    status_details: str | None = None
+
+
 # --- the rest --------------------------------------------------------------------------------------------------
 
 
 class Deleted(Struct, kw_only=True):
-    """object: assistant.deleted, thread.deleted or thread.message.deleted."""
+    """object: assistant.deleted, thread.deleted, thread.message.deleted or file."""
 
     id: str
     object: str

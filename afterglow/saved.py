@@ -212,7 +212,8 @@ KINDS = {
 
 
 class Note(NamedTuple):
-    """guessed: the input does not say it; lost: it is not kept; kept: as given, though it names what is not here."""
+    """guessed: the input does not say it; lost: it is not kept; kept: as given, though it names what an
+    import does not bring."""
 
     verdict: Literal["guessed", "lost", "kept"]
     text: str
@@ -250,7 +251,9 @@ def read_object(plain: Any) -> Taken:
     faults.check_shape(KINDS[kind].saved, whole)
     if kind == "thread.message":
         _check_length(whole)
-    notes += [Note("kept", f"`{path}`: names what is not here") for path in sorted(set(_dangling(whole, "")))]
+    notes += [
+        Note("kept", f"`{path}`: names what an import does not bring") for path in sorted(set(_dangling(whole, "")))
+    ]
     found = msgspec.convert(whole, KINDS[kind].wire)
     if isinstance(found, Assistant):
         show_sampling(found, asked_of(found))
@@ -343,7 +346,7 @@ def _check_length(message: Json) -> None:
 
 
 def _dangling(value: Any, path: str) -> Iterator[str]:
-    """Paths of what names files and vector stores, none of which are here."""
+    """Paths of what names files and vector stores, which may be here or not: they are not imported."""
     if isinstance(value, list):
         for item in value:
             yield from _dangling(item, f"{path}[]")

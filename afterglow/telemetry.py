@@ -59,4 +59,5 @@ def configure(log_format: str, log_level: str) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(log_level.upper())
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # whoever sent a broken form is told
     logging.getLogger("uvicorn.error").setLevel(max(logging.getLogger("afterglow").level, logging.WARNING))

@@ -13,13 +13,17 @@ from msgspec import UNSET
 
 from afterglow.contracts import House, Segment, Transaction
 from afterglow.errors import InvalidRequest, NotFound, ThreadBusy
+from afterglow.files import check_files
 from afterglow.ids import new_id
 from afterglow.objects import (
+    AttachedCodeInterpreter,
+    Attachment,
     CreateMessage,
     CreateRun,
     CreateThread,
     CreateThreadAndRun,
     CreateToolResources,
+    ImageFileInput,
     Message,
     ModifyMessage,
     ModifyThread,
@@ -33,6 +37,8 @@ from afterglow.rows import threads as thread_rows
 from afterglow.rows.requests import Origin, insert_request
 from afterglow.runs.lifecycle import Happened, expire_if_due, free_thread, insert_run, tell
 from afterglow.runs.transcript import error_event
+
+MAX_CODE_FILES = 20  # of a thread, and of an assistant
 
 # --- threads ---------------------------------------------------------------------------------------------------
 
@@ -54,11 +60,15 @@ async def insert_thread(tx: Transaction, house: House, project: str, body: Creat
         id=new_id("thread"),
         created_at=int(now),
         metadata=body.metadata or {},
-        tool_resources=await checked_resources(tx, project, body.tool_resources),
+        tool_resources=await checked_resources(tx, project, body.tool_resources, now),
     )
     await thread_rows.insert_thread(tx, project, thread, round(now * 1_000_000))
-    await insert_messages(tx, project, thread.id, body.messages or [], int(now))
-    return thread
+    if not body.messages:
+        return thread
+    await insert_messages(tx, project, thread.id, body.messages, int(now))
+    with_attachments = await thread_rows.get_thread(tx, project, thread.id)
+    assert with_attachments is not None
+    return with_attachments
 
 
 async def modify_thread(house: House, project: str, thread_id: str, body: ModifyThread) -> Thread:
@@ -69,7 +79,7 @@ async def modify_thread(house: House, project: str, thread_id: str, body: Modify
         if body.metadata is not UNSET:
             thread.metadata = body.metadata or {}
         if body.tool_resources is not UNSET:
-            thread.tool_resources = await checked_resources(tx, project, body.tool_resources)
+            thread.tool_resources = await checked_resources(tx, project, body.tool_resources, house.clock.now())
         await thread_rows.update_thread(tx, project, thread)
         return thread
 
@@ -125,7 +135,7 @@ async def start_thread_and_run(
 
     async def work(tx: Transaction) -> tuple[Thread, Happened]:
         thread = await insert_thread(tx, house, project, body.thread or CreateThread())
-        resources = await checked_resources(tx, project, body.tool_resources)
+        resources = await checked_resources(tx, project, body.tool_resources, house.clock.now())
         happened = await insert_run(tx, house, project, thread.id, body, include, resources)
         await insert_request(tx, project, origin, happened.run.id, happened.run.created_at)
         return thread, happened
@@ -163,9 +173,9 @@ async def insert_messages(
     seq = await thread_rows.take_seq(tx, project, thread_id, len(bodies))
     if seq is None:
         raise NotFound.of("thread", thread_id)
+    await _take_files(tx, project, thread_id, bodies, now)
     messages = []
     for offset, body in enumerate(bodies):
-        _check_files(body)
         message = Message(
             id=new_id("msg"),
             created_at=now,
@@ -224,33 +234,53 @@ async def _missing(tx: Transaction, project: str, thread_id: str, otherwise: Not
     return NotFound.of("thread", thread_id) if found is None else otherwise
 
 
-# --- files and stores, which later work brings -----------------------------------------------------------------
+# --- files, and the stores that later work brings --------------------------------------------------------------
 
 
-def _check_files(body: CreateMessage) -> None:
-    if body.attachments:
-        raise no_file(body.attachments[0].file_id)
-    for part in body.content if not isinstance(body.content, str) else []:
-        image = getattr(part, "image_file", None)
-        if image is not None:
-            raise no_file(image.file_id)
+async def _take_files(
+    tx: Transaction, project: str, thread_id: str, bodies: Sequence[CreateMessage], now: float
+) -> None:
+    """Make sure that the files of new messages are there, and give those attached for code to the thread.
+
+    Raises NotFound, or InvalidRequest when these are too many.
+    """
+    attachments = [attachment for body in bodies for attachment in body.attachments or []]
+    parts = [part for body in bodies if not isinstance(body.content, str) for part in body.content]
+    shown = [part.image_file.file_id for part in parts if isinstance(part, ImageFileInput)]
+    await check_files(tx, project, [*(attachment.file_id for attachment in attachments), *shown], now)
+    if for_code := [attachment.file_id for attachment in attachments if _is_for_code(attachment)]:
+        await _attach_to_thread(tx, project, thread_id, for_code)
 
 
-def no_file(file_id: str) -> NotFound:
-    return NotFound(f"No such File object: {file_id}", param="id")
+def _is_for_code(attachment: Attachment) -> bool:
+    return attachment.tools is not UNSET and any(isinstance(tool, AttachedCodeInterpreter) for tool in attachment.tools)
+
+
+async def _attach_to_thread(tx: Transaction, project: str, thread_id: str, file_ids: list[str]) -> None:
+    thread = await thread_rows.get_thread(tx, project, thread_id)
+    assert thread is not None
+    named = thread.tool_resources.get("code_interpreter") or {}
+    together = list(dict.fromkeys([*named.get("file_ids", []), *file_ids]))
+    if len(together) > MAX_CODE_FILES:
+        raise InvalidRequest(
+            f"Invalid 'attachments': too many files. The code interpreter of a thread takes at most {MAX_CODE_FILES} "
+            f"files, and with these it would have {len(together)}.",
+            param="attachments",
+        )
+    thread.tool_resources["code_interpreter"] = {"file_ids": together}
+    await thread_rows.update_thread(tx, project, thread)
 
 
 async def checked_resources(
-    tx: Transaction, project: str, resources: CreateToolResources | ToolResources | Any
+    tx: Transaction, project: str, resources: CreateToolResources | ToolResources | Any, now: float
 ) -> dict[str, Any]:
     """Tool resources as they are stored. Raises NotFound for what does not exist: no dangling id is kept."""
     if resources is None or resources is UNSET:
         return {}
     stored: dict[str, Any] = {}
     if resources.code_interpreter:
-        file_ids = resources.code_interpreter.file_ids or []
-        if file_ids:
-            raise no_file(file_ids[0])
+        file_ids = list(dict.fromkeys(resources.code_interpreter.file_ids or []))
+        await check_files(tx, project, file_ids, now)
         stored["code_interpreter"] = {"file_ids": file_ids}
     if resources.file_search:
         store_ids = resources.file_search.vector_store_ids or []

@@ -35,6 +35,7 @@ from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.assistants import AssistantRow
+from afterglow.rows.files import count_files
 from afterglow.rows.lists import ListPage
 from afterglow.rows.transfer import find_object, list_places, next_seq
 from afterglow.saved import KINDS, LeftOut, Note, asked_of, read_object
@@ -492,11 +493,13 @@ async def _insert(tx: Transaction, project: str, staged: Staged) -> bool:
 
 @dataclass
 class ExportReport:
-    """What was written, and what was left out because it is still being made, by noun."""
+    """What was written, and what was left out because it is still being made, by noun. files: how many the project
+    has; they stay where they are."""
 
     path: Path
     written: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    files: int = 0
 
     @property
     def ok(self) -> bool:
@@ -506,6 +509,8 @@ class ExportReport:
         yield f"{self.path}: {', '.join(_counted(self.written)) or 'nothing'}"
         for words in _counted(self.left_out):
             yield f"left out: {words} not finished"
+        if self.files:
+            yield f"left out: {self.files} {'file' if self.files == 1 else 'files'}: an export holds none"
 
 
 def _counted(nouns: Counter[str]) -> list[str]:
@@ -545,6 +550,7 @@ async def _write_all(tx: Transaction, project: str, file: IO[str], report: Expor
     async for page in _pages(partial(assistant_rows.list_assistants, tx, project)):
         for text in page.objects:
             _write(file, report, "assistant", text)
+    report.files = await count_files(tx, project)
     async for page in _pages(partial(thread_rows.list_threads, tx, project, {})):
         for thread_id, text in zip(page.ids, page.objects, strict=True):
             _write(file, report, "thread", text)

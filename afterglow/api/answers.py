@@ -35,11 +35,12 @@ def reply(answer: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(content, media_type=JSON, headers=headers)
 
 
-async def origin_of(request: Request) -> Origin:
-    """What is written beside the object that this POST creates."""
+async def origin_of(request: Request, body_hash: str | None = None) -> Origin:
+    """What is written beside the object that this POST creates. body_hash: of a body that was not kept."""
     state = request.state
     state.creates = True
-    body_hash = hashlib.sha256(await request.body()).hexdigest()
+    if body_hash is None:
+        body_hash = hashlib.sha256(await request.body()).hexdigest()
     return Origin(state.request_id, state.key_id, request.scope["endpoint"].__name__, body_hash)
 
 

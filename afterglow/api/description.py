@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import __version__
-from afterglow.api import about, assistants, models, runs, threads
+from afterglow.api import about, assistants, files, models, runs, threads
 from afterglow.api.edge import OPEN_PATHS
 from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
 from afterglow.objects import (
@@ -30,6 +30,7 @@ from afterglow.objects import (
     CreateThread,
     CreateThreadAndRun,
     Deleted,
+    File,
     Json,
     Message,
     Model,
@@ -56,14 +57,16 @@ TEXT_OR_NULL: Json = {"type": ["string", "null"]}
 class Shape(NamedTuple):
     """What a route takes and gives.
 
-    body: what callers send; with empty_ok they may send nothing. query: names in QUERY.
-    What comes with 200: answer (`dict`: any object), or list_of, or a Deleted whose `object` is deleted. With none of
-    the three, no call of the route ends well.
+    body: what callers send; with empty_ok they may send nothing. form: schema of the multipart form that they send.
+    query: names in QUERY.
+    What comes with 200: answer (`dict`: any object; `bytes`: no JSON), or list_of, or a Deleted whose `object` is
+    deleted. With none of the three, no call of the route ends well.
     """
 
     body: type[Body] | None = None
-    answer: type[msgspec.Struct] | type[Json] | None = None
+    answer: type[msgspec.Struct] | type[Json] | type[bytes] | None = None
     query: tuple[str, ...] = ()
+    form: Json | None = None
     list_of: type[msgspec.Struct] | None = None
     deleted: str = ""
     empty_ok: bool = False
@@ -71,6 +74,17 @@ class Shape(NamedTuple):
 
 CURSOR = ("limit", "order", "after", "before")
 INCLUDE = ("include[]",)
+UPLOAD: Json = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+        "purpose": {"enum": list(files.PURPOSES)},
+        files.ANCHOR: {"const": "created_at"},
+        files.SECONDS: {"type": "integer", "minimum": files.SHORTEST_S, "maximum": files.LONGEST_S},
+    },
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+}
 SHAPES: dict[Endpoint, Shape] = {
     assistants.create_assistant: Shape(CreateAssistant, Assistant),
     assistants.list_assistants: Shape(query=CURSOR, list_of=Assistant),
@@ -96,6 +110,11 @@ SHAPES: dict[Endpoint, Shape] = {
     runs.submit_tool_outputs: Shape(SubmitToolOutputs, Run),
     runs.list_run_steps: Shape(query=CURSOR + INCLUDE, list_of=RunStep),
     runs.retrieve_run_step: Shape(answer=RunStep, query=INCLUDE),
+    files.create_file: Shape(form=UPLOAD, answer=File),
+    files.list_files: Shape(query=("purpose", "limit of files", "order", "after"), list_of=File),
+    files.retrieve_file: Shape(answer=File),
+    files.delete_file: Shape(deleted="file"),
+    files.retrieve_file_content: Shape(answer=bytes),
     models.list_models: Shape(list_of=Model),
     models.retrieve_model: Shape(answer=Model),
     models.delete_model: Shape(),
@@ -105,10 +124,15 @@ SHAPES: dict[Endpoint, Shape] = {
 }
 QUERY: dict[str, Json] = {
     "limit": {"schema": {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT, "default": Page().limit}},
+    "limit of files": {
+        "name": "limit",
+        "schema": {"type": "integer", "minimum": 1, "maximum": files.MAX_FILES, "default": files.MAX_FILES},
+    },
     "order": {"schema": {"enum": list(ORDERS), "default": Page().order}, "description": "By `created_at`."},
     "after": {"schema": TEXT, "description": "Id of an object; the list goes on behind it."},
     "before": {"schema": TEXT, "description": "Id of an object; the list ends in front of it."},
     "run_id": {"schema": TEXT, "description": "Keep what this run wrote."},
+    "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
     "include[]": {"schema": {"type": "array", "items": {"enum": [INCLUDE_FILE_SEARCH_CONTENT]}}},
     "metadata": {"style": "deepObject", "explode": True, "schema": {"type": "object", "additionalProperties": TEXT}},
 }
@@ -154,7 +178,7 @@ def _operation(path: str, act: Endpoint) -> Json:
         "tags": [act.__module__.rpartition(".")[2]],
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": TEXT} for name in re.findall(r"{(\w+)}", path)),
-            *({"name": name, "in": "query", **QUERY[name]} for name in shape.query),
+            *({"name": name, "in": "query"} | QUERY[name] for name in shape.query),
         ],
         "responses": {**_answers(shape), "default": {"$ref": "#/components/responses/Error"}},
     }
@@ -163,6 +187,9 @@ def _operation(path: str, act: Endpoint) -> Json:
     if shape.body is not None:
         content = {"application/json": {"schema": _schema_of(shape.body)}}
         operation["requestBody"] = {"required": not shape.empty_ok, "content": content}
+    if shape.form is not None:
+        content = {"multipart/form-data": {"schema": shape.form}}
+        operation["requestBody"] = {"required": True, "content": content}
     if path in OPEN_PATHS:
         operation["security"] = []
     return operation
@@ -183,6 +210,8 @@ def _answers(shape: Shape) -> Json:
         return {"200": _json_answer(_list_of(shape.list_of, paged="after" in shape.query))}
     if shape.answer is None:
         return {}
+    if shape.answer is bytes:
+        return {"200": {"description": "OK", "content": {"application/octet-stream": {"schema": {}}}}}
     answer = _json_answer(_schema_of(shape.answer))
     if shape.body is not None and "stream" in shape.body.__struct_fields__:
         answer["content"]["text/event-stream"] = {"schema": {}}
@@ -217,7 +246,7 @@ def _schemas() -> dict[str, Json]:
     """The structs that routes name, and those inside them, by name."""
     kinds: set[Any] = {_Echoed, Deleted}
     for shape in SHAPES.values():
-        kinds |= {shape.body, shape.answer, shape.list_of} - {None, dict}
+        kinds |= {shape.body, shape.answer, shape.list_of} - {None, dict, bytes}
     _, schemas = msgspec.json.schema_components(sorted(kinds, key=lambda kind: kind.__name__), ref_template=REF)
     echoed = schemas.pop(_Echoed.__name__)["properties"]
     for schema in schemas.values():

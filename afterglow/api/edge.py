@@ -23,6 +23,7 @@ from afterglow.access import Access
 from afterglow.contracts import House
 from afterglow.errors import (
     ApiError,
+    BlobMissing,
     BodyTooLarge,
     InvalidRequest,
     ModelError,
@@ -35,6 +36,8 @@ from afterglow.errors import (
 log = logging.getLogger("afterglow.http")
 API_PREFIXES = ("/v1/", "/openai/")
 OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
+UPLOAD_PATHS = ("/v1/files", "/openai/v1/files", "/openai/files")
+FORM_BYTES = 64 * 1024  # of an upload, besides the file
 SORRY = "The server had an error while processing your request. Sorry about that!"
 BETA_V1 = (
     "You must provide the 'OpenAI-Beta' header to access the Assistants API. Please try again by setting the header "
@@ -54,7 +57,6 @@ class Edge:
         self._access = access
         self._on_answered = on_answered
         self._root_path = root_path.rstrip("/")
-        self._max_body = house.settings.max_body_mb * 1024 * 1024
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,7 +90,7 @@ class Edge:
             caller = await self._access.caller(headers)
             _check_beta(headers)
             state["project"], state["key_id"] = caller
-        await self._app(scope, self._limited(receive, headers), exchange.send)
+        await self._app(scope, self._limited(receive, headers, path), exchange.send)
         if state["creates"] and exchange.status < 400:
             self._on_answered(state["project"], exchange.request_id)
 
@@ -102,25 +104,29 @@ class Edge:
         log.info("%s %s is not served here; should the base URL end in /v1?", method, path[:200])
         return NotFound(f"Invalid URL ({method} {path})")
 
-    def _limited(self, receive: Receive, headers: Headers) -> Receive:
+    def _limited(self, receive: Receive, headers: Headers, path: str) -> Receive:
         """Refuse bodies that are larger than allowed, before they are read whole."""
+        settings = self._house.settings
+        if path in UPLOAD_PATHS:
+            too_large = BodyTooLarge(f"The file is larger than {settings.max_file_mb} MB.")
+            max_bytes = settings.max_file_mb * 1024 * 1024 + FORM_BYTES
+        else:
+            too_large = BodyTooLarge(f"The request body is larger than {settings.max_body_mb} MB.")
+            max_bytes = settings.max_body_mb * 1024 * 1024
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body:
-            raise self._too_large()
+        if length.isdigit() and int(length) > max_bytes:
+            raise too_large
         seen = 0
 
         async def limited() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self._max_body:
-                raise self._too_large()
+            if seen > max_bytes:
+                raise too_large
             return message
 
         return limited
-
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The request body is larger than {self._house.settings.max_body_mb} MB.")
 
     def _error(self, error: Exception, scope: Scope) -> ApiError:
         """What the caller is told; what is our fault is told to the log alone."""
@@ -130,6 +136,9 @@ class Edge:
             return NotFound(f"Invalid URL ({scope['method']} {scope['path']})")
         if isinstance(error, StoreFull):
             return Unavailable("The server's disk is full; nothing of this request was stored.", retry_after_s=30)
+        if isinstance(error, BlobMissing):
+            log.error("A file cannot be read: %s", error)
+            return Unavailable("The contents of this file are missing on the server.")
         if isinstance(error, StoreError):
             return Unavailable("The server's database cannot be used just now; nothing of this request was stored.")
         if isinstance(error, ModelError):

@@ -8,6 +8,7 @@ import msgspec
 
 from afterglow.contracts import Transaction
 from afterglow.objects import Assistant
+from afterglow.rows.files import set_file_uses
 from afterglow.rows.lists import ListPage, list_page
 
 
@@ -66,9 +67,11 @@ async def put_assistant(tx: Transaction, project: str, row: AssistantRow, seq: i
         msgspec.json.encode(row.asked).decode(),
         msgspec.json.encode(row.assistant).decode(),
     )
+    await set_file_uses(tx, project, "assistants", row.assistant.id, row.assistant.tool_resources)
 
 
 async def delete_assistant(tx: Transaction, project: str, assistant_id: str) -> bool:
+    await set_file_uses(tx, project, "assistants", assistant_id, {})
     return await tx.execute("DELETE FROM assistants WHERE project_id = $1 AND id = $2", project, assistant_id) > 0
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from afterglow.contracts import Transaction
 from afterglow.objects import Thread
+from afterglow.rows.files import set_file_uses
 from afterglow.rows.lists import ListPage, list_page
 
 # Everything that hangs on a thread. Events and stored answers carry its text as well.
@@ -19,6 +20,8 @@ _OF_A_THREAD = (
     "DELETE FROM runs WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM messages WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM thread_metadata WHERE project_id = $1 AND thread_id = $2",
+    "DELETE FROM file_uses WHERE project_id = $1 AND holder = 'threads' AND holder_id = $2",
+    "DELETE FROM sandbox_files WHERE project_id = $1 AND thread_id = $2",
 )
 
 
@@ -63,6 +66,8 @@ async def insert_thread(tx: Transaction, project: str, thread: Thread, seq: int)
         msgspec.json.encode(thread).decode(),
     )
     await _insert_metadata(tx, project, thread)
+    if thread.tool_resources:
+        await set_file_uses(tx, project, "threads", thread.id, thread.tool_resources)
 
 
 async def update_thread(tx: Transaction, project: str, thread: Thread) -> None:
@@ -74,6 +79,7 @@ async def update_thread(tx: Transaction, project: str, thread: Thread) -> None:
     )
     await tx.execute("DELETE FROM thread_metadata WHERE project_id = $1 AND thread_id = $2", project, thread.id)
     await _insert_metadata(tx, project, thread)
+    await set_file_uses(tx, project, "threads", thread.id, thread.tool_resources)
 
 
 async def _insert_metadata(tx: Transaction, project: str, thread: Thread) -> None:

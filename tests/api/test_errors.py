@@ -14,7 +14,7 @@ from afterglow.app import OPEN_ROUTES, ROUTES, database_path
 from afterglow.contracts import Work
 from afterglow.errors import AfterglowError, ModelUnreachable, StoreFull, StoreUnavailable
 from afterglow.testing import calls, says
-from tests.api.wire import Fault, Json, Wire
+from tests.api.wire import Fault, Json, Wire, not_found
 from tests.conftest import GET_WEATHER, Server
 
 SORRY = "The server had an error while processing your request. Sorry about that!"
@@ -91,24 +91,23 @@ async def test_what_is_missing_is_named(server: Server, wire: Wire):
     """Each route tells which object is not there, by its noun and the id asked for, the outer one first."""
     server.model.will(says("Hello."))
     run = await server.run("hi")
-    nouns = {"assistant": "assistant", "thread": "thread", "message": "message", "run": "run", "step": "run step"}
     here = {"thread": run.thread_id, "run": run.id}
     for method, path, act in ROUTES:
         wanted = re.findall(r"{(\w+)_id}", path)
         for position, name in enumerate(wanted):
             given = {outer: here[outer] for outer in wanted[:position]}
             answer = await wire.ask(method, filled(path, **given), BODIES.get(act.__name__))
-            message = f"No {nouns[name]} found with id '{name}_x'."
-            assert answer.fault == Fault(404, message), (method, path)
+            noun = "run step" if name == "step" else name
+            assert answer.fault == not_found(noun, f"{name}_x"), (method, path)
 
 
 # --- bodies ----------------------------------------------------------------------------------------------------
 
 
 def test_every_route_with_a_body_is_known():
-    """All POST routes but cancel are tried with bad bodies below."""
+    """All POST routes but cancel, and uploads, which are forms, are tried with bad bodies below."""
     posts = {act.__name__ for method, _, act in ROUTES if method == "POST"}
-    assert posts == {*BODIES, "cancel_run"}
+    assert posts == {*BODIES, "cancel_run", "create_file"}
 
 
 async def test_every_body_is_read_alike(wire: Wire):

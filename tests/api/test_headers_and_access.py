@@ -19,7 +19,7 @@ from afterglow.rows import keys as key_rows
 from afterglow.settings import load
 from afterglow.testing import ScriptedModels, SetClock, calls, says
 from tests.api.test_errors import BODIES, filled
-from tests.api.wire import Answer, Fault, Json, Wire
+from tests.api.wire import Answer, Fault, Json, Wire, not_found
 from tests.conftest import GET_WEATHER, Server, ServerFactory
 
 NO_KEY = (
@@ -177,6 +177,7 @@ async def test_projects_do_not_see_each_other(start_server: ServerFactory, conne
         [step_id] = (await ours.get(f"{thread}/runs/{run.id}/steps")).ids
         ids = {"thread": run.thread_id, "run": run.id, "message": message_id, "step": step_id}
         ids["assistant"] = run.assistant_id
+        ids["file"] = (await server.client.files.create(file=("a.txt", b"ours"), purpose="assistants")).id
         [call] = run.required_action.submit_tool_outputs.tool_calls if run.required_action else []
         bodies = BODIES | {
             "submit_tool_outputs": {"tool_outputs": [{"tool_call_id": call.id, "output": "stolen"}]},
@@ -189,8 +190,8 @@ async def test_projects_do_not_see_each_other(start_server: ServerFactory, conne
             place = filled(path, **ids)
             answer = await theirs.ask(method, place, bodies.get(act.__name__))
             outer = re.findall(r"{(\w+)_id}", path)[0]
-            assert answer.fault == Fault(404, f"No {outer} found with id '{ids[outer]}'."), (method, path)
-        for path in ("/assistants", "/threads"):
+            assert answer.fault == not_found(outer, ids[outer]), (method, path)
+        for path in ("/assistants", "/threads", "/files"):
             assert (await theirs.get(path)).ids == []
             assert (await theirs.get(f"{path}?after={ids[path[1:-1]]}")).status == 404
         refusal = await theirs.post("/threads/runs", {"assistant_id": run.assistant_id})
@@ -205,6 +206,7 @@ async def test_projects_do_not_see_each_other(start_server: ServerFactory, conne
         assert (await ours.read(thread))["metadata"] == {}
         assert (await ours.get(f"{thread}/messages")).ids == [message_id]
         assert (await ours.get("/assistants")).ids == [run.assistant_id]
+        assert (await ours.get(f"/files/{ids['file']}/content")).content == b"ours"
 
 
 async def test_a_project_can_import_ids_of_its_own(start_server: ServerFactory, connect: Any, tmp_path: Path):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 
+import openai
 import pytest
 
 from afterglow.errors import ImageUnavailable
+from afterglow.runs import images
+from afterglow.runs.context import STORED_IMAGE
 from afterglow.testing import says
 from tests.conftest import Server
 
@@ -97,3 +101,90 @@ async def test_a_cancel_wins_against_an_image_that_does_not_come(server: Server,
     await server.client.beta.threads.runs.cancel(run.id, thread_id=thread.id)
     async with asyncio.timeout(1):
         assert (await server.poll(run)).status == "cancelled"
+
+
+# --- stored images ---------------------------------------------------------------------------------------------
+
+HEADS = {
+    "image/png": b"\x89PNG\r\n\x1a\n" + b"\0" * 8,
+    "image/jpeg": b"\xff\xd8\xff\xe0" + b"\0" * 12,
+    "image/gif": b"GIF89a" + b"\0" * 10,
+    "image/webp": b"RIFF\0\0\0\0WEBPVP8 ",
+}
+
+
+async def stored(server: Server, data: bytes, name: str = "data.bin") -> str:
+    return (await server.client.files.create(file=(name, data), purpose="vision")).id
+
+
+def part(file_id: str, detail: str = "auto") -> dict[str, object]:
+    return {"type": "image_file", "image_file": {"file_id": file_id, "detail": detail}}
+
+
+@pytest.mark.parametrize("media_type", HEADS)
+async def test_a_stored_image_reaches_the_model_as_data(server: Server, media_type: str) -> None:
+    """Its bytes decide what it is, not its name; the detail goes with it, and the message stays as it was."""
+    file_id = await stored(server, HEADS[media_type])
+    server.model.will(says("A cat."))
+    assert await ask(server, QUESTION, part(file_id, "high")) == "completed"
+    url = f"data:{media_type};base64,{base64.b64encode(HEADS[media_type]).decode()}"
+    sent = {"type": "image_url", "image_url": {"url": url, "detail": "high"}}
+    assert server.model.requests[0].messages[-1]["content"] == [QUESTION, sent]
+
+
+async def test_a_stored_image_is_not_fetched(server: Server, album: Album) -> None:
+    """A server that takes only data gets stored and fetched images alike."""
+    server.model.inline_images = True
+    server.model.will(says("A cat."))
+    assert await ask(server, part(await stored(server, HEADS["image/png"])), PICTURE) == "completed"
+    sent = [one["image_url"]["url"] for one in server.model.requests[0].messages[-1]["content"]]
+    assert [url.startswith("data:image/png") for url in sent] == [True, True]
+    assert album.asked == [PICTURE["image_url"]["url"]]  # type: ignore[index]
+
+
+async def test_what_is_no_image_is_named(server: Server) -> None:
+    """A file that only calls itself an image is told of in words, and the run goes on."""
+    file_id = await stored(server, b"MZ\x90", "cat.png")
+    server.model.will(says("I see none."))
+    assert await ask(server, QUESTION, part(file_id)) == "completed"
+    said = f"What is this?\n[image: {file_id}, no PNG, JPEG, GIF or WebP image]"
+    assert server.model.requests[0].messages[-1]["content"] == said
+
+
+async def test_an_image_that_was_deleted_is_named(server: Server) -> None:
+    """A run after the delete goes on, and the model is told that there was an image."""
+    file_id = await stored(server, HEADS["image/png"])
+    thread = await server.client.beta.threads.create(messages=[{"role": "user", "content": [part(file_id)]}])  # type: ignore[list-item,typeddict-item]
+    await server.client.files.delete(file_id)
+    server.model.will(says("Gone."))
+    assert (await server.run("And now?", thread_id=thread.id)).status == "completed"
+    assert server.model.requests[0].messages[0]["content"] == f"[image: {file_id}]"
+
+
+async def test_a_model_that_does_not_see_is_told_of_the_image(server: Server) -> None:
+    """Where the operator says that a model takes no images, it reads of them."""
+    server.model.info_of_all.vision = False
+    file_id = await stored(server, HEADS["image/png"])
+    server.model.will(says("Hm."))
+    assert await ask(server, QUESTION, part(file_id)) == "completed"
+    assert server.model.requests[0].messages[-1]["content"] == f"What is this?\n[image: {file_id}]"
+
+
+async def test_images_have_a_limit_each_and_together(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is too large is named; of too many together, the newest are sent."""
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 100)
+    monkeypatch.setattr(images, "MAX_TOGETHER_BYTES", 150)
+    sizes = (101, 60, 60, 60)
+    ids = [await stored(server, HEADS["image/png"].ljust(size, b"\0")) for size in sizes]
+    server.model.will(says("Many."))
+    assert await ask(server, *(part(file_id) for file_id in ids)) == "completed"
+    large, oldest, *newest = server.model.requests[0].messages[-1]["content"]
+    assert large == {"type": "text", "text": f"[image: {ids[0]}, too large to be shown]"}
+    assert oldest == {"type": "text", "text": f"[image: {ids[1]}, too large to be shown]"}
+    assert [one["type"] for one in newest] == ["image_url", "image_url"]
+
+
+async def test_a_url_of_ours_cannot_be_sent_by_callers(server: Server) -> None:
+    """What stands for stored bytes in a prompt is refused in a message."""
+    with pytest.raises(openai.BadRequestError):
+        await ask(server, {"type": "image_url", "image_url": {"url": f"{STORED_IMAGE}file-x"}})

@@ -4,7 +4,10 @@
 //
 // The server's model is that of `talking_model.py`. Ends with an AssertionError where the story takes another turn.
 import assert from 'node:assert/strict';
-import OpenAI from 'openai';
+import { createReadStream, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import OpenAI, { toFile } from 'openai';
 import { VERSION } from 'openai/version';
 
 const [baseURL, apiKey] = process.argv.slice(2);
@@ -184,6 +187,28 @@ async function rawStreams(assistant) {
   assert.deepEqual(withoutRepeats(more.map((event) => event.event)), ANSWERED_RUN);
 }
 
+async function files() {
+  // From memory and from a stream of unknown length; attached, downloaded and deleted.
+  const data = Buffer.alloc(500_000, 'afterglow');
+  const path = join(tmpdir(), `story-${process.pid}.csv`);
+  writeFileSync(path, data);
+  const given = [await toFile(data, 'naïve 日本.csv'), createReadStream(path)];
+  const names = ['naïve 日本.csv', `story-${process.pid}.csv`];
+  for (const [index, part] of given.entries()) {
+    const file = await client.files.create({ file: part, purpose: 'assistants' });
+    assert.deepEqual([file.filename, file.bytes, file.status], [names[index], data.length, 'processed']);
+    assert.deepEqual(await client.files.retrieve(file.id), file);
+    const content = await client.files.content(file.id);
+    assert.ok(Buffer.from(await content.arrayBuffer()).equals(data));
+    const attachments = [{ file_id: file.id, tools: [{ type: 'code_interpreter' }] }];
+    const thread = await threads.create({ messages: [{ role: 'user', content: 'Look.', attachments }] });
+    assert.deepEqual(thread.tool_resources.code_interpreter.file_ids, [file.id]);
+    assert.ok((await remove(client.files, file.id)).deleted);
+    await assert.rejects(client.files.retrieve(file.id), OpenAI.NotFoundError);
+  }
+  rmSync(path);
+}
+
 async function cancelled(assistant) {
   // Leaving a stream does not end the run; cancelling does, and frees the thread.
   const thread = await threads.create(said('Think hard.'));
@@ -203,6 +228,7 @@ async function cancelled(assistant) {
 await objects();
 await badRequests();
 await pages();
+await files();
 const weather = await assistants.create({ model: 'gpt-4o', instructions: 'Tell the weather.', tools: [GET_WEATHER] });
 await polledRun(weather);
 await functionsByPolling(weather);

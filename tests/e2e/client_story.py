@@ -388,12 +388,31 @@ async def first_run(stream):
     return next(iter(stream)).data
 
 
+async def files(client):
+    """Uploaded, listed, attached, downloaded and deleted."""
+    name, data = "naïve 日本.csv", bytes(range(256)) * 2000
+    file = await value(client.files.create(file=(name, data), purpose="assistants"))
+    assert (file.filename, file.bytes, file.purpose, file.status) == (name, len(data), "assistants", "processed")
+    assert await value(client.files.retrieve(file.id)) == file
+    assert file.id in [listed.id for listed in await items(client.files.list(purpose="assistants"))]
+    assert (await value(client.files.content(file.id))).content == data
+    attachment = {"file_id": file.id, "tools": [{"type": "code_interpreter"}]}
+    said = {"role": "user", "content": "Look.", "attachments": [attachment]}
+    thread = await value(client.beta.threads.create(messages=[said]))
+    assert thread.tool_resources.code_interpreter.file_ids == [file.id]
+    assert (await value(client.files.delete(file.id))).deleted
+    error = await refused(openai.NotFoundError, client.files.retrieve, file.id)
+    assert error.param == "id"
+    error = await refused(openai.BadRequestError, client.files.create, file=b"x", purpose="bogus")
+    assert error.param == "purpose"
+
+
 async def models(client):
     assert [model.id for model in await items(client.models.list())] == ["talker"]
 
 
 async def story(client):
-    for chapter in (assistants, threads, messages, bad_requests, pages, models):
+    for chapter in (assistants, threads, messages, bad_requests, pages, files, models):
         await chapter(client)
     weather = await value(
         client.beta.assistants.create(model="gpt-4o", instructions="Tell the weather.", tools=[GET_WEATHER])

@@ -25,6 +25,7 @@ from afterglow.objects import (
     CreateRun,
     CreateThread,
     Deleted,
+    File,
     LastError,
     Message,
     ModifyAssistant,
@@ -187,6 +188,7 @@ def test_an_operation_is_named_after_its_function_and_says_what_its_docstring_sa
         ("/v1/threads/{thread_id}/messages", {"limit", "order", "after", "before", "run_id"}),
         ("/v1/threads/{thread_id}/runs/{run_id}/steps", {"limit", "order", "after", "before", "include[]"}),
         ("/v1/threads/{thread_id}/runs/{run_id}/steps/{step_id}", {"include[]"}),
+        ("/v1/files", {"limit", "order", "after", "purpose"}),
         ("/v1/models", set()),
     ],
 )
@@ -203,6 +205,8 @@ def test_limits_of_query_parameters():
     assert schemas["limit"] == {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}
     assert schemas["order"] == {"enum": ["asc", "desc"], "default": "desc"}
     assert schemas["include[]"]["items"] == {"enum": [INCLUDE_FILE_SEARCH_CONTENT]}
+    [limit] = [row for row in OPERATIONS["GET", "/v1/files"]["parameters"] if row["name"] == "limit"]
+    assert limit["schema"] == {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 10_000}
 
 
 def test_bodies_are_described_where_they_are_read():
@@ -216,8 +220,17 @@ def test_bodies_are_described_where_they_are_read():
     assert set(required.values()) == {True}
     assert set(required) == {
         *("createAssistant", "modifyAssistant", "modifyThread", "createMessage", "modifyMessage"),
-        *("createRun", "createThreadAndRun", "modifyRun", "submitToolOutputs"),
+        *("createRun", "createThreadAndRun", "modifyRun", "submitToolOutputs", "createFile"),
     }
+
+
+def test_an_upload_is_a_form():
+    """It is described as multipart, with the purposes of the reference; a download is no JSON."""
+    form = OPERATIONS["POST", "/v1/files"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["required"] == ["file", "purpose"]
+    assert form["properties"]["purpose"]["enum"][:2] == ["fine-tune", "assistants"]
+    download = OPERATIONS["GET", "/v1/files/{file_id}/content"]["responses"]["200"]
+    assert list(download["content"]) == ["application/octet-stream"]
 
 
 def test_streams_are_told_of():
@@ -270,6 +283,7 @@ def test_errors_have_the_envelope():
             ),
         ),
         ("/v1/threads/{thread_id}", Thread(id="thread_1", created_at=1)),
+        ("/v1/files/{file_id}", File(id="file-1", bytes=1, created_at=1, filename="a", purpose="vision")),
         (
             "/v1/threads/{thread_id}/messages/{message_id}",
             Message(id="msg_1", created_at=1, thread_id="thread_1", role="user"),
@@ -332,6 +346,7 @@ def test_lists_are_in_their_envelope():
         ("/v1/assistants/{assistant_id}", "assistant.deleted"),
         ("/v1/threads/{thread_id}", "thread.deleted"),
         ("/v1/threads/{thread_id}/messages/{message_id}", "thread.message.deleted"),
+        ("/v1/files/{file_id}", "file"),
     ],
 )
 def test_deletes_name_what_is_gone(path: str, kind: str):

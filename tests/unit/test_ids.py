@@ -18,6 +18,11 @@ def test_an_id_is_its_prefix_and_24_characters(prefix: str):
     assert re.fullmatch(rf"{prefix}_[0-9A-Za-z]{{24}}", new_id(prefix))
 
 
+def test_ids_of_files_have_a_hyphen():
+    """As they have in the original."""
+    assert re.fullmatch(r"file-[0-9A-Za-z]{24}", new_id("file", "-"))
+
+
 def test_ids_are_different():
     """Among ten thousand made at once none is there twice."""
     assert len({new_id("msg") for _ in range(10_000)}) == 10_000

@@ -22,12 +22,13 @@ from openai.types.beta.threads import Message as SdkMessage
 from afterglow import transfer
 from afterglow.contracts import Store, Transaction, Work
 from afterglow.errors import ConfigError, InvalidRequest, StoreUnavailable
-from afterglow.objects import Message, Run, RunStep, Thread, Usage
+from afterglow.objects import File, Message, Run, RunStep, Thread, Usage
 from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.assistants import get_assistant
+from afterglow.rows.files import insert_file
 from afterglow.rows.runs import RunAsked, RunRow
 from afterglow.saved import LeftOut, Taken, read_object
 from afterglow.store.sqlite import SqliteStore
@@ -243,7 +244,7 @@ async def test_dumps_of_the_python_sdk_are_taken(store: SqliteStore, tmp_path: P
             "guessed: `file_ids`: of v1, taken as attachments for both tools",
             {"attachments": [{"file_id": "file-1", "tools": [{"type": "code_interpreter"}, {"type": "file_search"}]}]},
         ),
-        (message(1, file_ids=["file-1"]), "kept: `attachments[].file_id`: names what is not here", {}),
+        (message(1, file_ids=["file-1"]), "kept: `attachments[].file_id`: names what an import does not bring", {}),
         (message(1, colour="red"), "lost: `colour`: not a key that is kept", {}),
         (
             message(1, content=[{"type": "image_file", "image_file": {"file_id": "file-1", "detail": None, "x": 1}}]),
@@ -296,7 +297,7 @@ async def test_dumps_of_the_python_sdk_are_taken(store: SqliteStore, tmp_path: P
         ),
         (
             THREAD | {"tool_resources": {"file_search": {"vector_store_ids": ["vs_1"]}}},
-            "kept: `tool_resources.file_search.vector_store_ids`: names what is not here",
+            "kept: `tool_resources.file_search.vector_store_ids`: names what an import does not bring",
             {"tool_resources": {"file_search": {"vector_store_ids": ["vs_1"]}}},
         ),
         (THREAD | {"metadata": None, "messages": [1]}, "lost: `messages`: not a key that is kept", {"metadata": {}}),
@@ -689,12 +690,15 @@ async def test_what_is_not_finished_is_left_out_and_told(store: SqliteStore, tmp
         await step_rows.insert_step(tx, "default", step, 5, 1)
 
     await store.write(work)
+    file = File(id="file-1", bytes=1, created_at=T0, filename="a.txt", purpose="assistants")
+    await store.write(lambda tx: insert_file(tx, "default", file, "1/file-1", 1))
     report = await export_objects(store, "default", tmp_path / "out.jsonl")
     assert list(report.lines()) == [
         f"{tmp_path}/out.jsonl: 1 thread, 2 messages",
         "left out: 1 run not finished",
         "left out: 1 message not finished",
         "left out: 1 run step not finished",
+        "left out: 1 file: an export holds none",
     ]
     assert await exported_ids(store, tmp_path) == ["thread_1", "msg_1", "msg_2"]
 

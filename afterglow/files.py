@@ -1,0 +1,226 @@
+"""What happens to files: stored, read and deleted, by callers and by the code interpreter.
+
+Bytes and rows cannot be written together. So the key of bytes is noted as loose before they are written, and loses
+that note in the transaction that gives them a file; deleting does the same the other way round. Whatever is loose and
+in nobody's hands is deleted: at once when a request fails, and after a crash at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing
+from typing import NamedTuple
+
+from afterglow.contracts import House, Transaction
+from afterglow.errors import BlobMissing, NotFound, StoreError, StoreUnavailable
+from afterglow.ids import new_id
+from afterglow.objects import File, Json
+from afterglow.rows import assistants as assistant_rows
+from afterglow.rows import files as file_rows
+from afterglow.rows import threads as thread_rows
+from afterglow.rows.files import LooseBlob, StoredFile
+from afterglow.rows.requests import Origin, insert_request
+
+OUTPUT_PURPOSE = "assistants_output"
+SWEEP_LIMIT = 100
+DAY_S = 24 * 3600
+LOOSE_AFTER_S = DAY_S  # no upload takes longer; what is loose for so long was left by one that could not tidy up
+
+
+class NewFile(NamedTuple):
+    """What is said of a file that is being stored. filename: without folders."""
+
+    filename: str
+    purpose: str
+    expires_after_s: int | None = None
+
+
+class _Written(NamedTuple):
+    """Bytes that have been stored for a file to be."""
+
+    file_id: str
+    loose: LooseBlob
+    size_bytes: int
+
+
+def no_file(file_id: str) -> NotFound:
+    return NotFound(f"No such File object: {file_id}", param="id")
+
+
+# --- storing ---------------------------------------------------------------------------------------------------
+
+
+async def create_file(
+    house: House,
+    project: str,
+    chunks: AsyncIterator[bytes],
+    finish: Callable[[], Awaitable[tuple[NewFile, Origin]]],
+) -> File:
+    """Store what a caller sends. finish: called after the last of `chunks`; says what the file is, or refuses it."""
+    async with _writing(house, project, chunks) as written:
+        new, origin = await finish()
+        return await _insert(house, project, written, new, origin)
+
+
+async def store_output(house: House, project: str, filename: str, chunks: AsyncIterator[bytes]) -> File:
+    """Store what the code interpreter has made. What `chunks` raises is raised, and nothing kept."""
+    kept_s = house.settings.output_retention_d * DAY_S or None
+    async with _writing(house, project, chunks) as written:
+        return await _insert(house, project, written, NewFile(filename, OUTPUT_PURPOSE, kept_s))
+
+
+@contextlib.asynccontextmanager
+async def _writing(house: House, project: str, chunks: AsyncIterator[bytes]) -> AsyncGenerator[_Written, None]:
+    """Store bytes; they are deleted again when what follows fails."""
+    file_id = new_id("file", "-")
+    loose = LooseBlob(project, f"{file_id[-2:]}/{file_id}")
+
+    async def note(tx: Transaction) -> None:
+        await file_rows.insert_loose_blob(tx, loose, int(house.clock.now()))
+
+    await house.store.write(note)
+    try:
+        yield _Written(file_id, loose, await house.blobs.put(loose.blob, chunks))
+    except BaseException:
+        await _delete_loose(house, [loose])
+        raise
+
+
+async def _insert(house: House, project: str, written: _Written, new: NewFile, origin: Origin | None = None) -> File:
+    now = house.clock.now()
+    file = File(
+        id=written.file_id,
+        bytes=written.size_bytes,
+        created_at=int(now),
+        expires_at=None if new.expires_after_s is None else int(now) + new.expires_after_s,
+        filename=new.filename,
+        purpose=new.purpose,
+    )
+
+    async def work(tx: Transaction) -> None:
+        if not await file_rows.delete_loose_blob(tx, written.loose):
+            raise StoreUnavailable(f"{written.loose.blob} was swept away while it was written")
+        await file_rows.insert_file(tx, project, file, written.loose.blob, round(now * 1_000_000))
+        if origin is not None:
+            await insert_request(tx, project, origin, file.id, file.created_at)
+
+    await house.store.write(work)
+    return file
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+async def get_stored_file(house: House, project: str, file_id: str) -> StoredFile | None:
+    async def work(tx: Transaction) -> StoredFile | None:
+        return await file_rows.get_file(tx, project, file_id, house.clock.now())
+
+    return await house.store.read(work)
+
+
+async def read_file(house: House, project: str, file_id: str) -> AsyncGenerator[bytes, None]:
+    """The bytes of a file. Raises BlobMissing before the first when there is no such file, or no such bytes."""
+    stored = await get_stored_file(house, project, file_id)
+    if stored is None:
+        raise BlobMissing(f"there is no file {file_id}")
+    async with aclosing(house.blobs.get(stored.blob)) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+async def check_files(tx: Transaction, project: str, file_ids: Iterable[str], now: float) -> None:
+    """Raise NotFound for the first that is not there."""
+    for file_id in dict.fromkeys(file_ids):
+        if await file_rows.get_file_object(tx, project, file_id, now) is None:
+            raise no_file(file_id)
+
+
+# --- deleting --------------------------------------------------------------------------------------------------
+
+
+async def delete_file(house: House, project: str, file_id: str) -> None:
+    """Delete a file with its bytes, and take it out of the lists of the code interpreter."""
+    now = house.clock.now()
+
+    async def work(tx: Transaction) -> LooseBlob:
+        if await file_rows.get_file_object(tx, project, file_id, now) is None:
+            raise no_file(file_id)
+        return await _let_go(tx, project, file_id, int(now))
+
+    await _delete_loose(house, [await house.store.write(work)])
+
+
+async def tidy_files(house: House) -> None:
+    """Delete what has expired, and bytes that were left behind long ago."""
+    now = house.clock.now()
+
+    async def expire(tx: Transaction) -> list[LooseBlob]:
+        expired = await file_rows.list_expired(tx, now, SWEEP_LIMIT)
+        return [await _let_go(tx, project, file_id, int(now)) for project, file_id in expired]
+
+    while loose := await house.store.write(expire):
+        await _delete_loose(house, loose)
+    await sweep_blobs(house, now - LOOSE_AFTER_S)
+
+
+async def sweep_blobs(house: House, before: float) -> None:
+    """Delete the bytes that no file owns and that were noted before that time."""
+
+    async def work(tx: Transaction) -> list[LooseBlob]:
+        return await file_rows.list_loose_blobs(tx, before, SWEEP_LIMIT)
+
+    while loose := await house.store.read(work):
+        if not await _delete_loose(house, loose):
+            return
+
+
+async def _let_go(tx: Transaction, project: str, file_id: str, now: int) -> LooseBlob:
+    """Delete the row and all that names it; the bytes are loose from then on."""
+    blob = await file_rows.delete_file(tx, project, file_id)
+    assert blob is not None
+    loose = LooseBlob(project, blob)
+    await file_rows.insert_loose_blob(tx, loose, now)
+    for holder, holder_id in await file_rows.list_file_uses(tx, project, file_id):
+        if holder == "threads":
+            await _take_from_thread(tx, project, holder_id, file_id)
+        else:
+            await _take_from_assistant(tx, project, holder_id, file_id)
+    return loose
+
+
+async def _take_from_thread(tx: Transaction, project: str, thread_id: str, file_id: str) -> None:
+    if thread := await thread_rows.get_thread(tx, project, thread_id):
+        _take_from(thread.tool_resources, file_id)
+        await thread_rows.update_thread(tx, project, thread)
+
+
+async def _take_from_assistant(tx: Transaction, project: str, assistant_id: str, file_id: str) -> None:
+    if row := await assistant_rows.get_assistant(tx, project, assistant_id):
+        _take_from(row.assistant.tool_resources, file_id)
+        await assistant_rows.put_assistant(tx, project, row)
+
+
+def _take_from(tool_resources: Json, file_id: str) -> None:
+    named = tool_resources["code_interpreter"]
+    named["file_ids"] = [other for other in named["file_ids"] if other != file_id]
+
+
+async def _delete_loose(house: House, loose: list[LooseBlob]) -> bool:
+    """Delete bytes that are loose and in nobody's hands; return whether it could be done. Else it is done later."""
+
+    async def still_loose(tx: Transaction) -> list[LooseBlob]:
+        return [blob for blob in loose if await file_rows.is_loose(tx, blob)]
+
+    async def forget(tx: Transaction) -> None:
+        for blob in loose:
+            await file_rows.delete_loose_blob(tx, blob)
+
+    try:
+        # A write: behind one that may still be giving these bytes a file, though nobody waits for it any more.
+        found = await house.store.write(still_loose)
+        await house.blobs.delete([blob.blob for blob in found])
+        await house.store.write(forget)
+    except StoreError:
+        return False
+    return True

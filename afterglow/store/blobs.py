@@ -1,0 +1,130 @@
+"""The bytes of files in a folder, by obstore: its threads do the reading and writing, never the event loop's.
+
+A blob appears under its key when it is whole, and has reached the disk by the time `put` returns. Until then it stands
+beside that place under a name of obstore's (`KEY#1`); when a crash leaves it there, `delete` of the key removes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import LocalStore
+
+from afterglow.errors import BlobMissing, ConfigError, StoreFull, StoreUnavailable
+
+PIECE_BYTES = 1024 * 1024  # each call of obstore crosses threads twice: small pieces cost more than their bytes
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+UNFINISHED = "#1"
+
+
+class LocalBlobs:
+    """A `contracts.Blobs` over a folder of a local disk. Keys have one slash: `k3/file-…k3`."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: made if missing, for its owner alone. Raises ConfigError."""
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            os.chmod(folder, 0o700)
+        except OSError as error:
+            raise ConfigError(f"The folder {folder} cannot be used: {error.strerror}.") from None
+        self._folder = folder.resolve()
+        self._store = LocalStore(self._folder)
+
+    async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
+        writer = obstore.open_writer_async(self._store, key, buffer_size=PIECE_BYTES, max_concurrency=1)
+        size = 0
+        try:
+            async with contextlib.aclosing(_gathered(chunks)) as pieces:
+                async for piece in pieces:
+                    with _translated(key):
+                        await writer.write(piece)
+                    size += len(piece)
+            with _translated(key):
+                await writer.close()
+                await asyncio.to_thread(self._make_durable, key)
+        finally:
+            # Not closed, it removes what it has written when it is let go of; a traceback would hold on to it.
+            del writer
+        return size
+
+    async def get(self, key: str, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
+        # By ranges: obstore's own stream reads a file in pieces of 8 KB, at a tenth of the speed.
+        with _translated(key):
+            size = (await obstore.head_async(self._store, key))["size"]
+        end = size if end is None else min(end, size)
+        while start < end:
+            with _translated(key):
+                piece = await obstore.get_range_async(self._store, key, start=start, end=min(start + PIECE_BYTES, end))
+            start += len(piece)
+            yield piece.to_bytes()
+
+    async def delete(self, keys: list[str]) -> None:
+        for key in keys:
+            with _translated(key):
+                await asyncio.to_thread(self._remove, key)
+
+    async def close(self) -> None:
+        """Nothing is held open."""
+
+    def _make_durable(self, key: str) -> None:
+        """Write file and folders through to the disk, which obstore does not do."""
+        path = self._folder / key
+        os.chmod(path, 0o600)
+        for part in (path, path.parent, self._folder):
+            _sync(part)
+
+    def _remove(self, key: str) -> None:
+        folder = (self._folder / key).parent
+        for name in (key, key + UNFINISHED):
+            (self._folder / name).unlink(missing_ok=True)
+        if folder.is_dir():
+            _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+async def _gathered(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The same bytes in pieces of about PIECE_BYTES."""
+    waiting, size = [], 0
+    async for chunk in chunks:
+        waiting.append(chunk)
+        size += len(chunk)
+        if size >= PIECE_BYTES:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield b"".join(waiting)
+
+
+@contextlib.contextmanager
+def _translated(key: str) -> Iterator[None]:
+    """What the disk says as a StoreError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BlobMissing(f"the bytes of {key} are not there") from None
+    except (BaseError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        if _error_number(error) in FULL:
+            raise StoreFull(f"no space left for {key}: {reason}") from error
+        raise StoreUnavailable(f"{key}: {reason}") from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """obstore hands most of them on in words alone."""
+    told = re.search(r"os error (\d+)", str(error))
+    return int(told[1]) if told else getattr(error, "errno", None)
