@@ -1,6 +1,7 @@
 """What a backend must do: the plugs that `app.py` fills, and the shapes that pass through them.
 
-The wing (`store/`, `events/`, `queue/`, `llm.py`, `offline.py`) implements these; everything above uses only these.
+The wing (`store/`, `events/`, `queue/`, `sandbox/`, `llm.py`, `offline.py`) implements these; everything above uses
+only these.
 The bundle of chosen plugs is `House`.
 """
 
@@ -303,6 +304,137 @@ class ImageFetcher(Protocol):
     async def close(self) -> None: ...
 
 
+# --- bytes of files --------------------------------------------------------------------------------------------
+
+
+class Blobs(Protocol):
+    """The bytes of files, by keys of ours (`fi/file-…`), never by a caller's words.
+
+    Raises StoreFull or StoreUnavailable when the place that holds them fails.
+    """
+
+    async def put(self, key: str, chunks: AsyncIterator[bytes]) -> int:
+        """Store what `chunks` gives and return its size in bytes. What `chunks` raises is raised, and nothing kept."""
+        ...
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
+        """Yield the bytes from `start` up to `end` (not included). Raises BlobMissing before the first."""
+        ...
+
+    async def delete(self, keys: list[str]) -> None:
+        """Delete them; one that is not there counts as deleted."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+# --- code interpreter ------------------------------------------------------------------------------------------
+
+
+class Logs(msgspec.Struct):
+    """More of what a cell prints: stdout, stderr, the last expression's value and tracebacks, in order."""
+
+    text: str
+
+
+class Picture(msgspec.Struct):
+    """An image that a cell shows."""
+
+    data: bytes
+    mime: Literal["image/png", "image/jpeg"] = "image/png"
+
+
+class CellEnd(msgspec.Struct):
+    """How a cell ended; the last thing that `run` gives.
+
+    status: `ok`; `error`, it raised; `timeout`, it was interrupted and its variables are kept; `lost`, the session is
+    over, with `why` in words: out of memory, would not be interrupted, exited, was ended from outside.
+    clipped_bytes: how much of its output was dropped because it was too much.
+    """
+
+    status: Literal["ok", "error", "timeout", "lost"]
+    why: str = ""
+    clipped_bytes: int = 0
+
+
+CellOutput = Logs | Picture | CellEnd
+
+
+class SandboxFile(NamedTuple):
+    """A regular file of a session. name: its path below /mnt/data, checked: clean, printable, no `..`."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+
+
+class CodeSession(Protocol):
+    """A Python program in the sandbox, with its variables and its /mnt/data. Whatever it says is hostile input."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can run another cell."""
+        ...
+
+    def run(self, code: str, timeout_s: float) -> AsyncGenerator[CellOutput, None]:
+        """Run a cell and give what it shows as it comes; CellEnd comes last. One cell at a time.
+
+        The time is absolute: at its end the cell is interrupted, and a moment later the session killed. Closing the
+        generator does the same at once. Raises nothing: a session that breaks ends the cell as `lost`.
+        """
+        ...
+
+    async def put(self, name: str, size_bytes: int, chunks: AsyncIterator[bytes]) -> None:
+        """Write a file below /mnt/data. Raises SandboxFull when it does not fit, SessionLost."""
+        ...
+
+    async def list_files(self) -> list[SandboxFile]:
+        """The regular files below /mnt/data, at most 10,000 of them. Raises SessionLost."""
+        ...
+
+    def get(self, name: str, max_bytes: int) -> AsyncGenerator[bytes, None]:
+        """The bytes of a file, no more than `max_bytes`. Raises FileNotFoundError, SessionLost."""
+        ...
+
+    async def close(self) -> None:
+        """Kill everything in it. When this returns no process of it is left."""
+        ...
+
+
+class EngineStatus(msgspec.Struct, frozen=True):
+    """engine: `native`, `docker` or `none`. reason: why it is off; remedy: what to do about it; both in words for the
+    operator. unenforced: limits that cannot be held on this machine, in words."""
+
+    state: Literal["starting", "on", "off"]
+    engine: str = "none"
+    reason: str = ""
+    remedy: str = ""
+    unenforced: tuple[str, ...] = ()
+
+
+class CodeEngine(Protocol):
+    """Runs model-written Python behind a wall, or not at all."""
+
+    @property
+    def status(self) -> EngineStatus: ...
+
+    def start(self) -> None:
+        """Begin to build and try the wall, in the background."""
+        ...
+
+    async def settled(self) -> EngineStatus:
+        """The status, once it is no longer `starting`."""
+        ...
+
+    async def open(self) -> CodeSession:
+        """A fresh session. Waits while the engine starts. Raises SandboxOff, or SandboxBusy when there are too many."""
+        ...
+
+    async def close(self) -> None:
+        """End every session and process. Idempotent."""
+        ...
+
+
 # --- the bundle ------------------------------------------------------------------------------------------------
 
 
@@ -310,7 +442,7 @@ class ImageFetcher(Protocol):
 class House:
     """The plugs that `app.py` chose, handed to whoever needs them.
 
-    engines_off: for each tool kind whose engine is off, why, in words for the model and the operator.
+    engines_off: for each tool kind that has no engine at all, why, in words for the model and the operator.
     """
 
     settings: Settings
@@ -320,4 +452,14 @@ class House:
     queue: RunQueue
     models: ChatModels
     images: ImageFetcher
+    blobs: Blobs
+    code_engine: CodeEngine
     engines_off: dict[str, str] = field(default_factory=dict)
+
+    def why_off(self, kind: str) -> str | None:
+        """Why a server-side tool cannot be had, in words for the model and the operator; None when it can, or when
+        its engine is still starting."""
+        status = self.code_engine.status
+        if kind == "code_interpreter" and status.state == "off":
+            return f"{status.reason} {status.remedy}".strip()
+        return self.engines_off.get(kind)
