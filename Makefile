@@ -3,6 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
+LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q
+LOCKS := afterglow/sandbox/locks
 
 .PHONY: help setup demo serve test test-all bench lint format docs lock clean
 
@@ -11,16 +13,16 @@ help: ## this list
 
 setup: .venv/.serve ## a virtual environment with what serving needs
 
-demo: .venv/.demo ## a server, the official client, and a whole story
+demo: .venv/.demo .venv/.sandbox ## a server, the official client, and a whole story
 	@$(BIN)/afterglow demo
 
 serve: .venv/.serve ## the server, at http://127.0.0.1:8000/v1
 	@exec $(BIN)/afterglow serve
 
-test: .venv/.dev ## the tests to run before every commit (under two minutes)
+test: .venv/.dev .venv/.sandbox ## the tests to run before every commit (under two minutes)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: .venv/.dev ## all tests, with the slow kinds: other clients, crashes, real processes
+test-all: .venv/.dev .venv/.sandbox ## all tests, with the slow kinds: other clients, crashes, real processes
 	$(BIN)/python -m pytest
 
 bench: .venv/.serve ## the figures this server owes, measured here (under five minutes)
@@ -39,10 +41,13 @@ docs: .venv/.serve ## write the pages of docs/ that come from the code
 	$(BIN)/python docs/generate.py
 
 lock: ## resolve the dependencies anew (needs uv)
-	printf "hatchling\neditables\n" | uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q - -o locks/build.txt
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q pyproject.toml -o locks/serve.txt
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q --extra demo -c locks/serve.txt pyproject.toml -o locks/demo.txt
-	uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q --extra demo --group dev -c locks/demo.txt pyproject.toml -o locks/dev.txt
+	printf "hatchling\neditables\n" | $(LOCK) - -o locks/build.txt
+	$(LOCK) pyproject.toml -o locks/serve.txt
+	$(LOCK) --extra demo -c locks/serve.txt pyproject.toml -o locks/demo.txt
+	$(LOCK) --extra demo --group dev -c locks/demo.txt pyproject.toml -o locks/dev.txt
+	cd $(LOCKS) && $(LOCK) --only-binary :all: base.in -o base.txt
+	cd $(LOCKS) && $(LOCK) --only-binary :all: -c base.txt standard.in -o standard.txt
+	cd $(LOCKS) && $(LOCK) --only-binary :all: -c standard.txt full.in -o full.txt
 
 clean: ## remove what the targets above have made
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/results
@@ -68,4 +73,9 @@ clean: ## remove what the targets above have made
 .venv/.dev: .venv/.serve locks/dev.txt
 	@echo "Installing what tests and lint need …"
 	@$(PIP) --require-hashes -r locks/dev.txt
+	@touch $@
+
+# What model-written code may import, in an environment of its own that the server finds by itself.
+.venv/.sandbox: .venv/.serve $(LOCKS)/base.txt
+	@$(BIN)/afterglow sandbox setup
 	@touch $@

@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "version", _version, "print the version")
     _keys_commands(commands)
+    _sandbox_commands(commands)
 
     importing = _command(commands, "import", _import, "take over assistants, threads and messages from files")
     importing.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="JSON or JSONL files, or folders")
@@ -108,6 +110,24 @@ def _keys_commands(commands: Any) -> None:
     revoke.add_argument("key_id", metavar="KEY_ID", help="as `keys list` shows it")
     for command in (create, listing, revoke):
         _data_flags(command)
+
+
+def _sandbox_commands(commands: Any) -> None:
+    sandbox = commands.add_parser("sandbox", help="set up and check the code interpreter", allow_abbrev=False)
+    actions = sandbox.add_subparsers(dest="action", required=True, metavar="ACTION")
+    setup = _command(actions, "setup", _sandbox_setup, "install the Python packages that model-written code may import")
+    levels = setup.add_mutually_exclusive_group()
+    for level, holds in (("standard", "statistics, machine learning, documents"), ("full", "what else models import")):
+        levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=f"with {holds}")
+    setup.set_defaults(level="base")
+    setup.add_argument("--python", metavar="PROGRAM", help="the Python to make the environment of (default: this one)")
+    check = _command(actions, "check", _sandbox_check, "start the code interpreter and say what it enforces here")
+    check.add_argument("--code-interpreter", metavar="ENGINE", help="`auto`, `native` or `docker`")
+    apparmor = _command(actions, "apparmor", _sandbox_apparmor, "let its Python make user namespaces; needs root")
+    apparmor.add_argument("--remove", action="store_true", help="take that back")
+    for command in (setup, check, apparmor):
+        command.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
+        command.add_argument("--sandbox-env", metavar="DIR", help="the folder of the packages")
 
 
 def _load(options: argparse.Namespace) -> Settings:
@@ -196,6 +216,32 @@ def _export(options: argparse.Namespace) -> int:
     for line in report.lines():
         print(line)
     return 0 if report.ok else 1
+
+
+def _sandbox_setup(options: argparse.Namespace) -> int:
+    if sys.platform != "linux":
+        print("Nothing to set up: here the code interpreter runs in Docker, whose image brings its own packages.")
+        return 0
+    from afterglow.sandbox import packages
+
+    packages.setup(packages.environment(_load(options)), options.level, options.python, partial(print, flush=True))
+    return 0
+
+
+def _sandbox_check(options: argparse.Namespace) -> int:
+    from afterglow.doctor import examine_code_interpreter
+
+    return examine_code_interpreter(_load(options), print)
+
+
+def _sandbox_apparmor(options: argparse.Namespace) -> int:
+    from afterglow.sandbox import apparmor, packages
+
+    if options.remove:
+        apparmor.remove_profile(print)
+    else:
+        apparmor.add_profile(packages.describe(packages.environment(_load(options))), print)
+    return 0
 
 
 def _with_store(options: argparse.Namespace, act: Callable[[Store], Awaitable[T]]) -> T:

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 from afterglow import __version__
 from afterglow.access import check_exposure
-from afterglow.app import ENGINES_OFF, build_models, database_path, open_store
-from afterglow.contracts import Transaction
+from afterglow.app import ENGINES_OFF, build_code_engine, build_models, database_path, open_store
+from afterglow.contracts import EngineStatus, Transaction
 from afterglow.errors import AfterglowError
 from afterglow.settings import Settings
 
 FREE_BYTES_WANTED = 1024**3
 FILES_WANTED = 4096
+ENGINE_SETTLES_S = 60.0
 COUNTED = ("assistants", "threads", "messages", "runs", "events", "model_calls", "api_keys")
 
 
@@ -37,14 +38,27 @@ def examine(settings: Settings, say: Callable[[str], None]) -> int:
     """Print every finding; return 0 when nothing is wrong, else 1."""
     found = [*_versions(), *_limits(), *asyncio.run(_database(settings)), *_folder(settings)]
     found += asyncio.run(_models(settings))
+    found += _code_interpreter(settings, asyncio.run(_try_engine(settings)))
+    found += [Finding(None, reason) for reason in ENGINES_OFF.values()]
+    _report(found, say)
+    wrong = sum(finding.ok is False for finding in found)
+    say(f"\n{wrong} of {len(found)} findings want mending." if wrong else "\nAll is well.")
+    return 1 if wrong else 0
+
+
+def examine_code_interpreter(settings: Settings, say: Callable[[str], None]) -> int:
+    """Print what there is to say of the code interpreter alone; return 0 when it is on, else 1."""
+    status = asyncio.run(_try_engine(settings))
+    _report(_code_interpreter(settings, status), say)
+    return 0 if status.state == "on" else 1
+
+
+def _report(found: list[Finding], say: Callable[[str], None]) -> None:
     for finding in found:
         mark = {True: "ok ", False: "BAD", None: " – "}[finding.ok]
         say(f"{mark}  {finding.what}")
         if finding.mend and finding.ok is not True:
             say(f"     → {finding.mend}")
-    wrong = sum(finding.ok is False for finding in found)
-    say(f"\n{wrong} of {len(found)} findings want mending." if wrong else "\nAll is well.")
-    return 1 if wrong else 0
 
 
 def _versions() -> list[Finding]:
@@ -130,25 +144,48 @@ def _is_served(folder: Path) -> bool:
 
 
 async def _models(settings: Settings) -> list[Finding]:
-    found = [Finding(None, reason) for reason in ENGINES_OFF.values()]
     try:
         models = build_models(settings)
     except AfterglowError as error:
-        return [Finding(False, "model servers", str(error)), *found]
+        return [Finding(False, "model servers", str(error))]
     try:
         checks = await models.check()
     finally:
         await models.close()
     if not checks:
         offline = "the built-in offline model answers; it is no language model"
-        return [
-            Finding(None, offline, "Name a real one with --model-url, for instance http://127.0.0.1:11434/v1"),
-            *found,
-        ]
-    return [Finding(check.ok, f"{check.name}: {check.detail}", _advice(check.name)) for check in checks] + found
+        return [Finding(None, offline, "Name a real one with --model-url, for instance http://127.0.0.1:11434/v1")]
+    return [Finding(check.ok, f"{check.name}: {check.detail}", _advice(check.name)) for check in checks]
 
 
 def _advice(name: str) -> str:
     if name.endswith("calls functions"):
         return "Choose a model that was trained to call functions; vLLM also needs --enable-auto-tool-choice."
     return "Check that the server runs, the URL (it ends in /v1 as a rule), the key and the model's name."
+
+
+async def _try_engine(settings: Settings) -> EngineStatus:
+    """Build the wall as the server would, and take it down again."""
+    engine = build_code_engine(settings)
+    try:
+        engine.start()
+        async with asyncio.timeout(ENGINE_SETTLES_S):
+            return await engine.settled()
+    except TimeoutError:
+        return engine.status
+    finally:
+        await engine.close()
+
+
+def _code_interpreter(settings: Settings, status: EngineStatus) -> list[Finding]:
+    if status.state == "starting":
+        slow = f"the code interpreter is not ready after {ENGINE_SETTLES_S:.0f} s, and may still become so"
+        return [Finding(None, slow, "The docker engine builds its image the first time, which takes minutes.")]
+    if status.state == "off":
+        demanded = settings.code_interpreter in ("native", "docker")
+        return [Finding(False if demanded else None, status.reason, status.remedy)]
+    found = [Finding(True, f"code interpreter: {status.engine}")]
+    if not status.unenforced:
+        return [*found, Finding(True, "all limits of its sessions are enforced")]
+    page = "docs/code-interpreter.md says what is missing, and how it can be had."
+    return found + [Finding(None, f"not enforced here: {limit}", page) for limit in status.unenforced]

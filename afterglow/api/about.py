@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -10,12 +12,29 @@ from afterglow.api.answers import house_of, reply
 from afterglow.errors import StoreError, Unavailable
 from afterglow.rows.keys import try_writing
 
+HOST_PATH = re.compile(r"(?<![\w.~/])~?/(?!proc/|sys/|mnt/data)[\w.+~-]+(?:/[\w.+~-]*)*")
+
 
 async def healthz(request: Request) -> Response:
-    """GET /healthz: 200 as soon as requests are served."""
+    """GET /healthz: 200 as soon as requests are served. Tells also what keeps the code interpreter from being whole."""
     house = house_of(request)
-    engines = dict.fromkeys(house.engines_off, "off")
-    return reply({"status": "ok", "version": __version__, "engines": engines})
+    code = house.code_engine.status
+    engines = {"code_interpreter": code.state, **dict.fromkeys(house.engines_off, "off")}
+    about = {"status": "ok", "version": __version__, "engines": engines}
+    if code.reason or code.unenforced:
+        about["details"] = {
+            "code_interpreter": {
+                "reason": _without_paths(code.reason),
+                "remedy": _without_paths(code.remedy),
+                "unenforced": [_without_paths(limit) for limit in code.unenforced],
+            }
+        }
+    return reply(about)
+
+
+def _without_paths(text: str) -> str:
+    """Everybody may ask for this page; where things lie on this machine is the operator's to know."""
+    return HOST_PATH.sub("…", text)
 
 
 async def readyz(request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import sys
@@ -9,8 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from afterglow import __version__, cli
+from afterglow import __version__, app, cli, doctor
+from afterglow.contracts import EngineStatus
+from afterglow.sandbox import apparmor
 from afterglow.settings import PREFIX
+from afterglow.testing import ScriptedEngine
+
+UNBOUNDED = "the memory of a session is not fully bounded"
+
+
+@pytest.fixture(autouse=True)
+def no_real_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wall itself is tried elsewhere; it takes seconds."""
+    use_engine(monkeypatch, EngineStatus("on", "native"))
+
+
+def use_engine(monkeypatch: pytest.MonkeyPatch, status: EngineStatus) -> ScriptedEngine:
+    """Let the commands find this engine."""
+    engine = ScriptedEngine()
+    engine.status = status
+    monkeypatch.setattr(doctor, "build_code_engine", lambda _: engine)
+    return engine
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +48,9 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.startswith(f"afterglow {__version__}, Python {sys.version.split()[0]}, SQLite 3.")
 
 
-@pytest.mark.parametrize("words", [[], ["sevre"], ["serve", "--nope"], ["serve", "--por", "1"], ["keys"], ["import"]])
+@pytest.mark.parametrize(
+    "words", [[], ["sevre"], ["serve", "--nope"], ["serve", "--por", "1"], ["keys"], ["import"], ["sandbox"]]
+)
 def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]):
     """Words that are no command end with status 2 and the usage; flags must be written out."""
     with pytest.raises(SystemExit) as ended:
@@ -40,6 +62,11 @@ def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (
+            ["sandbox", "setup", "--config", "none.toml"],
+            "The configuration file none.toml cannot be read: No such file",
+        ),
+        (["sandbox", "check", "--code-interpreter", "no"], "expected auto or native or docker or off, got 'no'."),
         (["serve", "--port", "http"], "--port: expected a whole number, got 'http'."),
         (["serve", "--port", "65536"], "port: must be between 0 and 65535."),
         (["serve", "--log-level", "loud"], "log_level: expected debug or info or warning or error, got 'loud'."),
@@ -147,6 +174,98 @@ def test_doctor_finds_what_serve_would_refuse(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "afterglow keys create --data data" in out
     assert "is this server's own address" in out
+
+
+OFF = EngineStatus("off", reason="This kernel refuses user namespaces.", remedy="Ask it nicely.")
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "code", "lines"),
+    [
+        (EngineStatus("on", "native"), [], 0, ["ok   code interpreter: native", "ok   all limits of its sessions are"]),
+        (
+            EngineStatus("on", "native", unenforced=(UNBOUNDED,)),
+            [],
+            0,
+            [f" –   not enforced here: {UNBOUNDED}", "     → "],
+        ),
+        (OFF, [], 1, [" –   This kernel refuses user namespaces.", "     → Ask it nicely."]),
+        (
+            OFF,
+            ["--code-interpreter", "native"],
+            1,
+            ["BAD  This kernel refuses user namespaces.", "     → Ask it nicely."],
+        ),
+    ],
+)
+def test_sandbox_check(
+    status: EngineStatus,
+    words: list[str],
+    code: int,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """`afterglow sandbox check` says whether code is run and what is not enforced, or why not and what to do; it makes
+    no data folder."""
+    use_engine(monkeypatch, status)
+    assert cli.main(["sandbox", "check", *words]) == code
+    out = capsys.readouterr().out
+    assert all(line in out for line in lines)
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(("engine", "code"), [("auto", 0), ("native", 1), ("docker", 1), ("off", 0)])
+def test_doctor_without_a_code_interpreter(
+    engine: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """An engine that cannot be had wants mending only when it was asked for by name; the reason is told anyway."""
+    use_engine(monkeypatch, OFF)
+    assert cli.main(["doctor", "--data", "data", "--code-interpreter", engine]) == code
+    assert "This kernel refuses user namespaces.\n     → Ask it nicely.\n" in capsys.readouterr().out
+
+
+def test_doctor_says_what_is_not_built_yet(capsys: pytest.CaptureFixture[str]):
+    """File search is named as what is not part of this version."""
+    cli.main(["doctor", "--data", "data"])
+    assert app.ENGINES_OFF["file_search"] in capsys.readouterr().out
+
+
+def test_an_engine_that_takes_its_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """The doctor does not wait for ever, and takes down what it started."""
+    engine = use_engine(monkeypatch, EngineStatus("starting"))
+    closed = []
+
+    async def never() -> EngineStatus:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def close() -> None:
+        closed.append(True)
+
+    monkeypatch.setattr(engine, "settled", never)
+    monkeypatch.setattr(engine, "close", close)
+    monkeypatch.setattr(doctor, "ENGINE_SETTLES_S", 0.01)
+    assert cli.main(["sandbox", "check"]) == 1
+    assert "the code interpreter is not ready after" in capsys.readouterr().out
+    assert closed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is nothing to set up")
+def test_sandbox_setup_with_what_is_no_python(capsys: pytest.CaptureFixture[str]):
+    """A --python that is none is refused, and nothing is made."""
+    assert cli.main(["sandbox", "setup", "--full", "--python", "no-such", "--sandbox-env", "place/env"]) == 1
+    assert capsys.readouterr().err == "afterglow: no-such is no Python program.\n"
+    assert list(Path().iterdir()) == []
+
+
+def test_sandbox_apparmor_where_it_is_not_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    """On a kernel without Ubuntu's restriction it changes nothing, and says so."""
+    monkeypatch.setattr(apparmor, "RESTRICTION", tmp_path / "not-there")
+    assert cli.main(["sandbox", "apparmor"]) == 0
+    assert "no profile is needed" in capsys.readouterr().out
 
 
 def test_import_of_what_is_not_there(capsys: pytest.CaptureFixture[str]):
