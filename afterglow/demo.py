@@ -1,7 +1,9 @@
 """`afterglow demo`: a server, the official client, and one whole story told as it happens.
 
-An assistant with a function tool is asked about a real file. The run is followed by polling, pauses for the function,
-and goes on with its output; a second question is streamed. Nothing leaves this machine unless a model server is named.
+An assistant with the code interpreter and a function is asked about a table. The run is followed by polling, pauses
+for the function, and goes on: the model writes Python, which runs in the sandbox, and what it made is downloaded. A
+second question is streamed. Where no sandbox can be had the demo says so and tells the rest. Nothing leaves this
+machine unless a model server is named. The table, `demo_data/sales.csv`, is made up.
 """
 
 from __future__ import annotations
@@ -14,31 +16,47 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Generator, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.request import ProxyHandler, build_opener
 
 if TYPE_CHECKING:
     from openai import OpenAI
 
 OLLAMA = "http://127.0.0.1:11434"
-FILE_FACTS = {
+SALES = Path(__file__).parent / "demo_data" / "sales.csv"
+ENGINE_SETTLES_S = 30  # longer only when docker builds its image; the run then waits for it
+SHOWN_LINES = 24  # of a cell's code
+PRINTED_LINES = 6  # of what it printed
+WIDTH = 110
+KEPT_SETTINGS = ("AFTERGLOW_CODE_INTERPRETER", "AFTERGLOW_SANDBOX_ENV")  # of the environment; the story sets the rest
+
+QUESTION = "Analyze sales.csv: how did revenue develop in 2025, and did each region reach its sales target?"
+SECOND_QUESTION = "Which product sold the most units?"
+SECOND_WITHOUT_CODE = "What was the sales target of the North in 2025?"
+INSTRUCTIONS = (
+    "You are the analyst of a small lamp shop. Use Python for figures, draw a chart when it helps, and save the main"
+    " table as /mnt/data/summary.csv and link to it. Targets come from get_sales_targets."
+)
+GET_SALES_TARGETS = {
     "type": "function",
     "function": {
-        "name": "get_file_facts",
-        "description": "Get the size of a file on the user's computer: bytes, lines and words.",
+        "name": "get_sales_targets",
+        "description": "Get the sales target of each region for a year, in euros.",
         "parameters": {
             "type": "object",
-            "properties": {"path": {"type": "string", "description": "The file's name."}},
-            "required": ["path"],
+            "properties": {"year": {"type": "integer"}},
+            "required": ["year"],
         },
     },
 }
+# What only the caller knows: last year's revenue, on which this year's targets rest.
+REVENUE_2024 = {"North": 70_000, "South": 31_500, "East": 32_000, "West": 41_000}
+GROWTH = 1.05
 
 
 def run_demo(model_url: str | None, model_key: str | None, model: str) -> int:
@@ -53,50 +71,82 @@ def run_demo(model_url: str | None, model_key: str | None, model: str) -> int:
         sys.stdout.reconfigure(line_buffering=True, errors="replace")  # told as it happens, also into a pipe
     with tempfile.TemporaryDirectory(prefix="afterglow-demo-") as folder, _server(folder, model_url, model_key) as url:
         _heading("A server is up")
-        print(f"  {url}   data in {folder}, deleted afterwards")
-        print(f"  model: {model_url or 'the built-in offline model, a stand-in that needs no key and no network'}")
-        _story(url, model, Path(folder))
+        print(f"  address           {url}")
+        print(f"  data              {folder}, deleted at the end")
+        print(f"  model             {model_url or 'the built-in offline model: fixed rules, no key, no network'}")
+        _story(url, model, runs_code=_await_engine(url))
     _how_to_go_on(model_url)
     return 0
 
 
-def _story(url: str, model: str, folder: Path) -> None:
+def _await_engine(url: str) -> bool:
+    """Wait until the code interpreter is on or off, say so, and return whether Python can run."""
+    deadline = time.monotonic() + ENGINE_SETTLES_S
+    health = _health(url)
+    while health["engines"]["code_interpreter"] == "starting" and time.monotonic() < deadline:
+        time.sleep(0.05)
+        health = _health(url)
+    state = health["engines"]["code_interpreter"]
+    details = health.get("details", {}).get("code_interpreter", {})
+    if state == "off":
+        print(f"  code interpreter  off. {details.get('reason', '')}")
+        print(f"                    {details.get('remedy', '')} The demo goes on without.")
+    elif state == "starting":
+        print("  code interpreter  still starting; the run will wait for it")
+    else:
+        print("  code interpreter  on: Python that the model writes runs in a sandbox on this machine")
+        for limit in details.get("unenforced", ()):
+            print(f"                    not enforced on this machine: {limit}")
+    return bool(state != "off")
+
+
+def _health(url: str) -> Any:
+    with build_opener(ProxyHandler({})).open(f"{url.removesuffix('/v1')}/healthz", timeout=10) as answer:
+        return json.load(answer)
+
+
+def _story(url: str, model: str, *, runs_code: bool) -> None:
     from openai import OpenAI
 
     client = OpenAI(base_url=url, api_key="any-key-will-do-on-this-machine")
-    readme = folder / "README.md"
-    readme.write_text(_readme_text(), "utf-8")
 
-    _heading("An assistant with a function tool, a thread, a message about a real file")
+    _heading("A file, an assistant with two tools, and a question")
+    file = client.files.create(file=SALES, purpose="assistants")
     assistant = client.beta.assistants.create(
         model=model,
-        name="File reader",
-        instructions="Answer from the file the user shows. Use get_file_facts for its size.",
-        tools=[FILE_FACTS],  # type: ignore[list-item]
+        name="Sales analyst",
+        instructions=INSTRUCTIONS,
+        tools=[{"type": "code_interpreter"}, GET_SALES_TARGETS],  # type: ignore[list-item]
     )
     thread = client.beta.threads.create()
-    client.beta.threads.messages.create(thread.id, role="user", content="What is the size of the file README.md?")
-    print(f"  assistant {assistant.id}\n  thread    {thread.id}")
-    print("  you       What is the size of the file README.md?")
+    client.beta.threads.messages.create(
+        thread.id,
+        role="user",
+        content=QUESTION,
+        attachments=[{"file_id": file.id, "tools": [{"type": "code_interpreter"}]}],
+    )
+    print(f"  file       {file.id}: {file.filename}, {_size(file.bytes)}, a year of a lamp shop, made up")
+    print(f"  assistant  {assistant.id}: may run Python, and call get_sales_targets, which is ours")
+    print(f"  thread     {thread.id}")
+    print(f"  you        {QUESTION}")
 
     _heading("The run, followed by polling")
-    _follow_by_polling(client, thread.id, assistant.id, folder)
+    run = _follow_by_polling(client, thread.id, assistant.id)
+    _show_steps(client, run)
+    _show_answer(client, run)
 
-    _heading("A second question, streamed event by event")
-    question = "What does this file say about tool outputs?"
-    client.beta.threads.messages.create(thread.id, role="user", content=f"{question}\n\n{readme.read_text('utf-8')}")
-    print(f"  you       {question}")
-    _follow_by_streaming(client, thread.id, assistant.id, folder)
-
-    _heading("The conversation, as any client reads it")
-    for message in client.beta.threads.messages.list(thread.id, order="asc"):
-        text = "".join(_texts(message.content))
-        first, *rest = text.strip().splitlines() or [""]
-        more = f"  … and {len(rest)} more lines" if rest else ""
-        print(f"  {message.role:<9} {first}{more}")
+    question = SECOND_QUESTION if runs_code else SECOND_WITHOUT_CODE
+    _heading("A second question, streamed")
+    client.beta.threads.messages.create(thread.id, role="user", content=question)
+    print(f"  you        {question}")
+    _follow_by_streaming(client, thread.id, assistant.id)
 
 
-def _follow_by_polling(client: OpenAI, thread_id: str, assistant_id: str, folder: Path) -> None:
+# --- the run ---------------------------------------------------------------------------------------------------
+
+
+def _follow_by_polling(client: OpenAI, thread_id: str, assistant_id: str) -> Any:
+    """Print each status as it comes, answer the calls, and return the completed run."""
     run = client.beta.threads.runs.create(thread_id=thread_id, assistant_id=assistant_id)
     started, seen = time.monotonic(), ""
     while True:
@@ -104,7 +154,7 @@ def _follow_by_polling(client: OpenAI, thread_id: str, assistant_id: str, folder
             seen = run.status
             print(f"  {(time.monotonic() - started) * 1000:6.0f} ms  {seen}")
         if run.status == "requires_action" and run.required_action:
-            outputs = _answer_calls(run.required_action.submit_tool_outputs.tool_calls, folder)
+            outputs = _answer_calls(run.required_action.submit_tool_outputs.tool_calls)
             run = client.beta.threads.runs.submit_tool_outputs(run.id, thread_id=thread_id, tool_outputs=outputs)
             continue
         if run.status not in ("queued", "in_progress"):
@@ -112,53 +162,137 @@ def _follow_by_polling(client: OpenAI, thread_id: str, assistant_id: str, folder
         time.sleep(0.02)
         run = client.beta.threads.runs.retrieve(run.id, thread_id=thread_id)
     if run.status != "completed":
-        raise SystemExit(f"The run ended as {run.status}: {run.last_error}")
-    newest = next(iter(client.beta.threads.messages.list(thread_id, limit=1)))
-    print(f"  assistant  {''.join(_texts(newest.content))}")
-    if run.usage:
-        print(f"  tokens     {run.usage.prompt_tokens} in, {run.usage.completion_tokens} out")
+        raise SystemExit(f"The run ended as {run.status}: {_reason(run)}")
+    return run
 
 
-def _answer_calls(calls: list[Any], folder: Path) -> list[Any]:
+def _reason(run: Any) -> str:
+    return str(run.last_error.message if run.last_error else run.incomplete_details)
+
+
+def _answer_calls(calls: Iterable[Any]) -> list[Any]:
     outputs = []
     for call in calls:
         print(f"             the model calls {call.function.name}({call.function.arguments})")
-        output = json.dumps(_file_facts(folder, call.function.arguments))
+        output = json.dumps(_sales_targets(call.function.arguments))
         print(f"             we answer       {output}")
         outputs.append({"tool_call_id": call.id, "output": output})
     return outputs
 
 
-def _file_facts(folder: Path, arguments: str) -> dict[str, Any]:
-    name = Path(str(json.loads(arguments).get("path", ""))).name
-    path = folder / name
-    if not path.is_file():
-        return {"error": f"there is no file {name!r}"}
-    text = path.read_text("utf-8")
-    return {"bytes": path.stat().st_size, "lines": len(text.splitlines()), "words": len(text.split())}
+def _sales_targets(arguments: str) -> dict[str, Any]:
+    """What the caller's own function does: a model of another make may send anything."""
+    try:
+        year = int(json.loads(arguments)["year"])
+    except (ValueError, TypeError, KeyError):
+        return {"error": "year: expected a whole number"}
+    if year != 2025:
+        return {"error": f"there are no targets for {year}, only for 2025"}
+    return {"year": year, "targets": {region: round(euros * GROWTH) for region, euros in REVENUE_2024.items()}}
 
 
-def _follow_by_streaming(client: OpenAI, thread_id: str, assistant_id: str, folder: Path) -> None:
+def _show_steps(client: OpenAI, run: Any) -> None:
+    _heading("What it did, step by step")
+    steps = client.beta.threads.runs.steps.list(run.id, thread_id=run.thread_id, order="asc")
+    for number, step in enumerate(steps, 1):
+        if step.step_details.type == "message_creation":
+            print(f"  {number}. wrote the answer")
+        else:
+            for call in step.step_details.tool_calls:
+                _show_call(number, call, step.last_error)
+
+
+def _show_call(number: int, call: Any, error: Any) -> None:
+    if call.type != "code_interpreter":
+        print(f"  {number}. called {call.function.name}")
+        return
+    if error:
+        print(f"  {number}. wrote Python, which could not be run: {error.message}")
+        return
+    print(f"  {number}. ran Python")
+    _show_lines(call.code_interpreter.input, SHOWN_LINES)
+    outputs = call.code_interpreter.outputs
+    logs = "".join(output.logs for output in outputs if output.type == "logs")
+    pictures = sum(output.type == "image" for output in outputs)
+    if logs.strip():
+        print("     which printed")
+        _show_lines(logs, PRINTED_LINES)
+    if pictures:
+        print(f"     and drew {'a picture' if pictures == 1 else f'{pictures} pictures'}")
+
+
+def _show_lines(text: str, most: int) -> None:
+    lines = text.strip().splitlines()
+    for line in lines[:most]:
+        print(f"     │ {line if len(line) <= WIDTH else line[: WIDTH - 1] + '…'}".rstrip())
+    if len(lines) > most:
+        print(f"     │ … and {len(lines) - most} lines more")
+
+
+def _show_answer(client: OpenAI, run: Any) -> None:
+    """The messages of the run, and what they show or link to, downloaded into a folder that stays."""
+    _heading("The answer")
+    files: dict[str, str] = {}
+    for message in client.beta.threads.messages.list(run.thread_id, run_id=run.id, order="asc"):
+        print("  assistant")
+        for part in message.content:
+            if part.type == "text":
+                print(textwrap.indent(part.text.value.strip(), "    "))
+                for note in (note for note in part.text.annotations if note.type == "file_path"):
+                    files[Path(note.text).name] = note.file_path.file_id
+            elif part.type == "image_file":
+                name = "chart.png" if "chart.png" not in files else f"chart-{len(files) + 1}.png"
+                files[name] = part.image_file.file_id
+                print(f"    [{name}]")
+    if run.usage:
+        print(f"  tokens  {run.usage.prompt_tokens:,} in, {run.usage.completion_tokens:,} out")
+    if files:
+        _download(client, files)
+
+
+def _download(client: OpenAI, files: dict[str, str]) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="afterglow-demo-files-"))
+    _heading("What it made, downloaded; these files are yours to keep")
+    for name, file_id in files.items():
+        path = folder / name
+        path.write_bytes(client.files.content(file_id).read())
+        print(f"  {path}  ({_size(path.stat().st_size)})")
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1000:.1f} KB"
+
+
+# --- the stream ------------------------------------------------------------------------------------------------
+
+
+def _follow_by_streaming(client: OpenAI, thread_id: str, assistant_id: str) -> None:
     runs = client.beta.threads.runs
     run = _tell(runs.create(thread_id=thread_id, assistant_id=assistant_id, stream=True))
     while run.status == "requires_action":
-        outputs = _answer_calls(run.required_action.submit_tool_outputs.tool_calls, folder)
+        outputs = _answer_calls(run.required_action.submit_tool_outputs.tool_calls)
         run = _tell(runs.submit_tool_outputs(run.id, thread_id=thread_id, tool_outputs=outputs, stream=True))
     if run.status != "completed":
-        raise SystemExit(f"The streamed run ended as {run.status}: {run.last_error}")
+        raise SystemExit(f"The streamed run ended as {run.status}: {_reason(run)}")
 
 
 def _tell(events: Iterable[Any]) -> Any:
     """Print the events as they come, and the text of the deltas; return the run as the last of them shows it."""
-    run = None
+    run, deltas = None, 0
     for event in events:
+        if event.event == "thread.run.step.delta":
+            deltas += 1
+            continue
+        if deltas:
+            print(f"  thread.run.step.delta, {deltas} times: the call as it is written, and its outputs")
+            deltas = 0
         if event.event == "thread.message.delta":
-            print("".join(_texts(event.data.delta.content or [])), end="", flush=True)
+            print(_text(event.data.delta.content or []).replace("\n", "\n    "), end="", flush=True)
         elif event.event == "thread.message.in_progress":
-            print(f"  {event.event}\n  assistant  ", end="")
+            print(f"  {event.event}\n    ", end="")
         elif event.event == "thread.message.completed":
             print(f"\n  {event.event}")
-        elif event.event != "thread.run.step.delta":
+        else:
             print(f"  {event.event}")
         if event.data.object == "thread.run":
             run = event.data
@@ -167,8 +301,11 @@ def _tell(events: Iterable[Any]) -> Any:
     return run
 
 
-def _texts(content: Iterable[Any]) -> list[str]:
-    return [part.text.value or "" for part in content if part.type == "text" and part.text]
+def _text(content: Iterable[Any]) -> str:
+    return "".join(part.text.value or "" for part in content if part.type == "text" and part.text)
+
+
+# --- around it -------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -178,7 +315,9 @@ def _server(folder: str, model_url: str | None, model_key: str | None) -> Genera
     command += ["--log-level", "warning"]
     if model_url:
         command += ["--model-url", model_url]
-    own = {name: value for name, value in os.environ.items() if not name.startswith("AFTERGLOW_")}
+    own = {
+        name: value for name, value in os.environ.items() if name in KEPT_SETTINGS or not name.startswith("AFTERGLOW_")
+    }
     if model_key:
         own["AFTERGLOW_MODEL_KEY"] = model_key
     process = subprocess.Popen(command, env=own, stdout=subprocess.PIPE, text=True)  # noqa: S603  our own program
@@ -203,11 +342,6 @@ def _base_url(process: subprocess.Popen[str]) -> str:
     raise SystemExit("The server did not start; its log above says why.")
 
 
-def _readme_text() -> str:
-    """This project's README, as it came with the package."""
-    return str(metadata.metadata("afterglow").json["description"])
-
-
 def _heading(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}")
 
@@ -224,14 +358,14 @@ def _how_to_go_on(model_url: str | None) -> None:
         print("    AFTERGLOW_MODEL_KEY=$OPENAI_API_KEY afterglow serve --model-url https://api.openai.com/v1")
     if _ollama_answers():
         print("  Ollama is running here. This uses it:")
-        print("    afterglow serve --model-url http://127.0.0.1:11434/v1 --default-model MODEL")
+        print(f"    afterglow serve --model-url {OLLAMA}/v1 --default-model MODEL")
     else:
         print("  afterglow serve --model-url URL  uses any OpenAI-compatible model server: Ollama, vLLM, llama.cpp, …")
 
 
 def _ollama_answers() -> bool:
     try:
-        with urllib.request.urlopen(f"{OLLAMA}/api/version", timeout=0.3) as answer:  # noqa: S310  a fixed http URL
+        with build_opener(ProxyHandler({})).open(f"{OLLAMA}/api/version", timeout=0.3) as answer:
             return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
+    except OSError:
         return False

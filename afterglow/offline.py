@@ -3,10 +3,11 @@
 It sees what a real model would see, a ChatRequest, and nothing else: no clock, no files, no state. The same request
 gets the same answer, call ids included. How a request becomes deltas:
 
-    messages ── _read ──> Talk ── _calls ──> function calls, while some function fits and was not called yet
+    messages ── _read ──> Talk ── _calls ──> function calls, while some function fits and was not called yet,
+                               │             then the next cell of Python, while there is one to run
                                └─ _answer ─> text: ANSWERS in order, the first rule that knows something
 
-What a text holds and how it fills a JSON schema is in `offline_values.py`.
+What a text holds and how it fills a JSON schema is in `offline_values.py`, what Python is run for in `offline_code.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import msgspec
 
 from afterglow.contracts import ChatRequest, Delta, ModelEnd, ModelInfo, TextDelta, ToolCallDelta
 from afterglow.objects import Json, Usage
+from afterglow.offline_code import DESCRIBED, RESTARTED, Listing, Work, find_files, find_work
+from afterglow.offline_tables import find_figures
 from afterglow.offline_values import (
     COMMON_STEMS,
     DAY,
@@ -36,13 +39,14 @@ from afterglow.offline_values import (
     Scope,
     as_dict,
     as_list,
+    asked_sum,
     blanked,
     clipped,
     draw,
     ends_of,
     find_names,
-    find_sum,
     find_values,
+    parsed,
     sentences_of,
     stem_of,
     stems_of,
@@ -54,6 +58,7 @@ from afterglow.offline_values import (
 
 MAX_ROUNDS = 8  # of function calls after one user message
 MAX_CALLS = 16  # planned for one user message
+LONG_CHARS = 1_000  # a longer message comes with a text, which is not what it asks for
 IMAGE_TOKENS = 85
 HEEDED = ("tool_choice", "parallel_tool_calls", "response_format", "max_tokens")
 IGNORED = ("temperature", "top_p", "reasoning_effort", "user")
@@ -87,8 +92,9 @@ class Call(NamedTuple):
 
 
 def _deltas(request: ChatRequest) -> Iterator[Delta]:
-    talk = _read(request.messages)
-    if calls := _calls(request, talk):
+    talk = _read(request.messages, _python_tool(request.tools))
+    calls = _calls(request, talk)
+    if calls:
         yield from _call_deltas(request, calls)
         yield _end(request, "tool_calls", sum(_tokens(call.name + call.arguments) for call in calls))
         return
@@ -155,14 +161,6 @@ def _json_text(value: Any) -> str:
     return _clean(ESCAPED_NUL.sub("\\1\ufffd", json.dumps(value, ensure_ascii=False)))
 
 
-def _parsed(text: str) -> Any:
-    """A JSON text's value, or the text itself when it is no JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
 # --- reading the conversation ----------------------------------------------------------------------------------
 
 
@@ -179,19 +177,33 @@ class Done:
 class Talk:
     """The conversation as the rules see it. told: earlier user messages and tool outputs, oldest first.
 
-    done: calls made since the newest user message, by call id; rounds: in how many turns.
+    done: calls made since the newest user message, by call id; rounds: in how many turns. python: the name of the tool
+    that runs Python, "" when there is none; work: what it is used for.
     """
 
+    python: str = ""
     system: str = ""
     newest: str = ""
     images: bool = False
     told: list[str] = field(default_factory=list)
     done: dict[str, Done] = field(default_factory=dict)
     rounds: int = 0
+    work: Work | None = None
+
+    @property
+    def answered(self) -> list[Done]:
+        """The calls of the caller's functions."""
+        return [done for done in self.done.values() if not self.python or done.name != self.python]
+
+    @property
+    def printed(self) -> list[str]:
+        """What the cells gave that were run for the newest message."""
+        outputs = (done.output for done in self.done.values() if self.python and done.name == self.python)
+        return [RESTARTED.sub("", output) for output in outputs]
 
 
-def _read(messages: list[Json]) -> Talk:
-    talk = Talk()
+def _read(messages: list[Json], python: str) -> Talk:
+    talk = Talk(python)
     for message in messages:
         match message["role"]:
             case "system" | "developer":
@@ -202,14 +214,14 @@ def _read(messages: list[Json]) -> Talk:
                 talk.rounds += 1
                 for call in message["tool_calls"]:
                     made = call["function"]
-                    talk.done[call["id"]] = Done(made["name"], _parsed(made["arguments"]))
+                    talk.done[call["id"]] = Done(made["name"], parsed(made["arguments"]))
             case "tool" if message["tool_call_id"] in talk.done:
                 talk.done[message["tool_call_id"]].output = _text(message)
     return talk
 
 
 def _turn_to(talk: Talk, message: Json) -> None:
-    outputs = [_rendered(_parsed(done.output)) for done in talk.done.values()]
+    outputs = [_rendered(parsed(done.output)) for done in talk.answered]
     talk.told += [text for text in (talk.newest, *outputs) if text]
     talk.newest, talk.images = _text(message).strip(), _images(message) > 0
     talk.done, talk.rounds = {}, 0
@@ -260,15 +272,32 @@ NEXT = re.compile(r"\b(?:then|after that|afterwards|finally)\b", re.I)
 
 
 def _calls(request: ChatRequest, talk: Talk) -> list[Call]:
-    """The calls that are due now: what the newest message asks for, less what was already called."""
-    functions = [_function(tool["function"]) for tool in request.tools if tool["type"] == "function"]
-    if request.tool_choice == "none" or not functions or talk.rounds >= MAX_ROUNDS:
+    """The calls that are due now: what the newest message asks for, less what was already called.
+
+    The caller's functions come before Python, which can then use what they told.
+    """
+    tools = [tool["function"] for tool in request.tools if tool["type"] == "function"]
+    functions = [_function(made) for made in tools if made["name"] != talk.python]
+    if request.tool_choice == "none":
         return []
     text = ends_of(talk.newest)
-    wanted = _chosen(request.tool_choice, functions, text, bool(talk.done))
-    due = _not_done(_planned(wanted, talk, text), list(talk.done.values()))
+    talk.work = _work(request.tool_choice, talk, functions, text)
+    if talk.rounds >= MAX_ROUNDS:
+        return []
+    choice = "auto" if talk.work and request.tool_choice == "required" else request.tool_choice
+    wanted = _chosen(choice, functions, text, bool(talk.done)) if functions else []
+    due = _not_done(_planned(wanted, talk, text), talk.answered)
     calls = [Call(each.name, _json_text(each.arguments)) for each in due if each.stage == due[0].stage]
+    if not calls and talk.work and (code := talk.work.next_code(talk.printed)):
+        calls = [Call(talk.python, _json_text({"code": code}))]
     return calls[:1] if request.parallel_tool_calls is False else calls
+
+
+def _python_tool(tools: list[Json]) -> str:
+    """The name of the tool that runs Python, or ""."""
+    functions = (tool["function"] for tool in tools if tool["type"] == "function")
+    told = (made["name"] for made in functions if str(made.get("description") or "").startswith(DESCRIBED))
+    return next(told, "")
 
 
 def _function(made: Json) -> Function:
@@ -282,6 +311,19 @@ def _function(made: Json) -> Function:
     telling = named - COMMON_STEMS or named
     weights |= dict.fromkeys(named - telling, 1.0) | dict.fromkeys(telling, 3.0)
     return Function(made["name"], schema, weights)
+
+
+def _work(choice: Any, talk: Talk, functions: list[Function], text: str) -> Work | None:
+    """What Python is to be used for under this tool_choice."""
+    named = isinstance(choice, dict) and as_dict(choice.get("function")).get("name")
+    if not talk.python or named not in (False, talk.python):
+        return None
+    figures = [each for done in talk.answered for each in find_figures(done.name, parsed(done.output))]
+    question = text if len(text) <= LONG_CHARS else _ask_and_body(text)[0]
+    fits = bool(functions and _wanted(functions, text))
+    work = find_work(talk.newest, question, find_files(talk.system), figures, fits)
+    demanded = named or (choice == "required" and not functions)
+    return work or (Listing() if demanded else None)
 
 
 def _chosen(choice: Any, functions: list[Function], text: str, answered: bool) -> list[Wanted]:
@@ -387,7 +429,7 @@ def _known(talk: Talk) -> Json:
     """What the outputs so far told, by key."""
     known: Json = {}
     for done in talk.done.values():
-        output = _parsed(done.output)
+        output = parsed(done.output)
         for each in as_list(output) or [output]:
             known |= {key: value for key, value in as_dict(each).items() if isinstance(value, str | int | float)}
     return known
@@ -423,13 +465,16 @@ def _ordered(talk: Talk) -> str:
 
 
 def _report(talk: Talk) -> str:
-    """What the functions answered."""
-    return "\n".join(_reported(done, talk.newest) for done in talk.done.values())
+    """What Python and the functions answered."""
+    found = talk.work.findings(talk.printed) if talk.work else ""
+    used = talk.work.used(talk.printed) if talk.work else ""
+    told = "\n".join(_reported(done, talk.newest) for done in talk.answered if done.name != used)
+    return "\n\n".join(filter(None, (found, told)))
 
 
 def _reported(done: Done, question: str) -> str:
     given = ", ".join(f"{key}={clipped(_rendered(value), 60)}" for key, value in as_dict(done.arguments).items())
-    output = _rendered(_parsed(done.output)).strip()
+    output = _rendered(parsed(done.output)).strip()
     if len(output) > 600:
         output = " ".join(_matching(question, sentences_of(output), 3)) or clipped(output, 600)
     end = "" if output.endswith((".", "!", "?", "…", "。")) else "."
@@ -511,17 +556,14 @@ def _greeting(talk: Talk) -> str:
 def _identity(talk: Talk) -> str:
     if not IDENTITY.search(ends_of(talk.newest)):
         return ""
-    return f"I am {LABEL}. I call your functions, do sums, and count, summarise and quote your text. {REMEDY}"
+    can = "call your functions, run Python on your tables, do sums, and count, summarise and quote your text"
+    return f"I am {LABEL}. I {can}. {REMEDY}"
 
 
 def _arithmetic(talk: Talk) -> str:
-    """A sum that is asked for, or that is all there is."""
-    for sentence in sentences_of(ends_of(talk.newest)):
-        found = find_sum(topic_of(sentence).rstrip("= "))
-        asked = re.search(r"\b(?:what|calculate|compute|how much|evaluate|solve)\b", sentence, re.I)
-        if found and (asked or not re.search(r"[^\W\d]", sentence)) and (result := work_out(found)):
-            return f"{found} = {result}" if result != "undefined" else f"{found} is undefined."
-    return ""
+    found = asked_sum(ends_of(talk.newest))
+    result = work_out(found)
+    return "" if not result else f"{found} is undefined." if result == "undefined" else f"{found} = {result}"
 
 
 def _ask_and_body(text: str) -> tuple[str, str]:
@@ -690,7 +732,7 @@ def _formatted(form: Any, talk: Talk, answer: str) -> str:
     kind = as_dict(form).get("type")
     if kind not in ("json_object", "json_schema"):
         return _clean(answer)
-    if kind == "json_object" and isinstance(made := _parsed(answer), dict):
+    if kind == "json_object" and isinstance(made := parsed(answer), dict):
         return _json_text(made)
     schema = as_dict(as_dict(form.get("json_schema")).get("schema"))
     schema = schema or {"type": "object", "required": _asked_keys(talk)}

@@ -9,6 +9,7 @@ WRITERS. Whatever the schema says, `draw` ends: depth, number and length of what
 from __future__ import annotations
 
 import ast
+import json
 import math
 import operator
 import re
@@ -28,6 +29,14 @@ MAX_ITEMS = 20  # drawn for an array that does not ask for more
 DRAWN_CHARS = 8_000  # of a message that are searched for values
 MAX_FOUND = 300  # values in one text, from its beginning
 READ_CHARS = 100_000  # of a text that are read sentence by sentence
+
+
+def parsed(text: str) -> Any:
+    """A JSON text's value, or the text itself when it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def as_dict(value: Any) -> Json:
@@ -804,6 +813,16 @@ def find_sum(text: str) -> str:
         text = pattern.sub(sign, text)
     sums = (match[0].strip() for match in SUM.finditer(text))
     return next((found for found in sums if re.search(r"[\d)]\s*[-+*/%]", found)), "")
+
+
+def asked_sum(text: str) -> str:
+    """The first sum in a text that is asked for, or that is all there is; "" when there is none."""
+    for sentence in sentences_of(text):
+        found = find_sum(topic_of(sentence).rstrip("= "))
+        asked = re.search(r"\b(?:what|calculate|compute|how much|evaluate|solve)\b", sentence, re.I)
+        if found and (asked or not re.search(r"[^\W\d]", sentence)) and work_out(found):
+            return found
+    return ""
 
 
 def _value(node: ast.AST) -> int | float:

@@ -15,6 +15,9 @@ from tests.scripted_server import ScriptedServer, refusal
 
 pytestmark = pytest.mark.slow
 
+TARGETS = '{"year": 2025, "targets": {"North": 73500, "South": 33075, "East": 33600, "West": 43050}}'
+PAUSE = ("requires_action", 'the model calls get_sales_targets({"year": 2025})', f"we answer       {TARGETS}")
+
 
 def in_order(text: str, *parts: str) -> None:
     """Fails unless the parts stand in the text one after the other."""
@@ -24,28 +27,75 @@ def in_order(text: str, *parts: str) -> None:
 
 
 async def test_the_story(tmp_path: Path):
-    """With nothing configured and an empty home it tells the whole story, leaves nothing behind, and ends well."""
-    ended = await afterglow("demo", env=environment(HOME=str(tmp_path), TMPDIR=str(tmp_path)))
+    """With an engine it tells the whole story: the pause, the code, the answer, the files, the stream. The files stay,
+    nothing else does."""
+    ended = await afterglow("demo", env=environment(TMPDIR=str(tmp_path)))
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    if "code interpreter  off" in ended.out:
+        pytest.skip(next(line.strip() for line in ended.out.splitlines() if "code interpreter  off" in line))
+    in_order(
+        ended.out,
+        "A server is up",
+        "code interpreter  on",
+        "sales.csv, 19.4 KB",
+        "queued",
+        *PAUSE,
+        "completed",
+        "1. called get_sales_targets",
+        "2. ran Python",
+        "which printed",
+        '│ size: {"rows": 429, "columns": 6}',
+        "3. ran Python",
+        "and drew a picture",
+        "4. wrote the answer",
+        "[chart.png]",
+        "sales.csv has 429 rows",
+        "North 81,373.40 of 73,500 (111%)",
+        "(sandbox:/mnt/data/summary.csv)",
+        "these files are yours to keep",
+        "A second question, streamed",
+        "thread.run.created",
+        "thread.run.step.delta, ",
+        "thread.message.in_progress",
+        "Beeswax candle is highest in units by product",
+        "thread.message.completed",
+        "thread.run.completed",
+        "Your turn",
+    )
+    assert "\033" not in ended.out
+    [kept] = tmp_path.iterdir()
+    assert {path.name for path in kept.iterdir()} == {"chart.png", "summary.csv"}
+    assert f"  {kept / 'chart.png'}  (" in ended.out
+    assert (kept / "chart.png").read_bytes().startswith(b"\x89PNG")
+    assert (kept / "summary.csv").read_text().startswith("region,revenue,targets\nNorth,81373.4,73500\n")
+
+
+async def test_the_story_without_an_engine(tmp_path: Path):
+    """Where no Python can be run it says why and what to do, tells the rest, leaves nothing behind, and ends well."""
+    own = environment(HOME=str(tmp_path), TMPDIR=str(tmp_path), AFTERGLOW_CODE_INTERPRETER="off")
+    ended = await afterglow("demo", env=own)
     assert ended.code == 0, ended.err
     assert ended.err == ""
     in_order(
         ended.out,
-        "A server is up",
-        "queued",
-        "requires_action",
-        'the model calls get_file_facts({"path": "README.md"})',
-        'we answer       {"bytes": ',
+        "code interpreter  off. ",
+        "Set it to `auto`.",
+        *PAUSE,
         "completed",
-        "  assistant  get_file_facts(path=README.md) says: bytes ",
-        "thread.run.created",
+        "2. wrote Python, which could not be run: ",
+        "3. wrote the answer",
+        "Python could not be run: ",
+        "get_sales_targets(year=2025) says: ",
+        "A second question, streamed",
+        "thread.run.requires_action",
+        *PAUSE[1:],
         "thread.message.in_progress",
-        '  assistant  The text says: "Tool outputs',
-        "thread.message.completed",
+        "North 73500",
         "thread.run.completed",
-        "The conversation, as any client reads it",
         "Your turn",
     )
-    assert "\033" not in ended.out
+    assert "yours to keep" not in ended.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,12 +120,14 @@ async def told_by(model: ScriptedServer, *flags: str) -> Ended:
 
 
 async def test_a_model_server_of_yours():
-    """With a model server of one's own, and its key, the same story is told by that model."""
+    """With a model server of one's own, and its key, the same story is told by that model; one that uses no tool and
+    makes no file is no trouble."""
     async with TalkingModel() as model:
         ended = await told_by(model, "--model-key", "sk-mine")
         assert ended.code == 0, ended.err
         assert ended.err == ""
-        assert ended.out.count("One two three.") == 4
+        assert ended.out.count("One two three.") == 2
+        assert "1. wrote the answer" in ended.out
         assert {request.headers["authorization"] for request in model.chats} == {"Bearer sk-mine"}
 
 

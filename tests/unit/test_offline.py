@@ -683,6 +683,8 @@ async def test_its_info_says_what_it_can():
 # --- anything at all -------------------------------------------------------------------------------------------
 
 ANY_TEXT = st.text(st.characters(), max_size=80)
+# What a model may send: no NUL, no half of a surrogate pair.
+VALID_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=8)
 WORDS = re.split(
     " ",
     "weather in Oslo , Bergen and Rome 12 3.5 'quoted words' say what is the ? add 2 then \n : 12 May 2025 not with "
@@ -693,7 +695,7 @@ KEYS = st.sampled_from(
     ["city", "to", "from", "query", "limit", "date", "id", "body", "answer", "a", "", "né", "x_y", "tags"]
 )
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | VALID_TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
