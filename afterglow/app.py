@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import math
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -16,14 +17,15 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from afterglow.access import Access, check_exposure
-from afterglow.api import about, assistants, runs, threads
+from afterglow.api import about, assistants, files, runs, threads
 from afterglow.api import models as models_api
 from afterglow.api.description import describe
 from afterglow.api.edge import Edge
-from afterglow.contracts import ChatModels, Clock, House, Store, Transaction
+from afterglow.contracts import ChatModels, Clock, CodeEngine, House, Store, Transaction
 from afterglow.declared import declare_assistants
 from afterglow.errors import ConfigError, NotFound, StoreError
 from afterglow.events.local import LocalEvents
+from afterglow.files import sweep_blobs
 from afterglow.llm import Models
 from afterglow.offline import OfflineModel
 from afterglow.outbound import GuardedFetcher
@@ -31,7 +33,12 @@ from afterglow.queue.local import LocalQueue
 from afterglow.rows.requests import mark_answered
 from afterglow.rows.runs import release_leases
 from afterglow.runs.worker import Worker
+from afterglow.sandbox.choice import FirstOf
+from afterglow.sandbox.docker import DockerEngine
+from afterglow.sandbox.local import NativeEngine
+from afterglow.sandbox.off import NoEngine
 from afterglow.settings import Settings
+from afterglow.store.blobs import LocalBlobs
 from afterglow.store.sqlite import SqliteStore
 from afterglow.telemetry import log
 
@@ -61,6 +68,11 @@ ROUTES = [
     ("POST", "/threads/{thread_id}/runs/{run_id}/submit_tool_outputs", runs.submit_tool_outputs),
     ("GET", "/threads/{thread_id}/runs/{run_id}/steps", runs.list_run_steps),
     ("GET", "/threads/{thread_id}/runs/{run_id}/steps/{step_id}", runs.retrieve_run_step),
+    ("POST", "/files", files.create_file),
+    ("GET", "/files", files.list_files),
+    ("GET", "/files/{file_id}", files.retrieve_file),
+    ("DELETE", "/files/{file_id}", files.delete_file),
+    ("GET", "/files/{file_id}/content", files.retrieve_file_content),
     ("GET", "/models", models_api.list_models),
     ("GET", "/models/{model:path}", models_api.retrieve_model),
     ("DELETE", "/models/{model:path}", models_api.delete_model),
@@ -74,10 +86,8 @@ FORWARDED_METHODS = ["GET", "POST", "DELETE"]
 PREFIXES = ("/v1", "/openai/v1", "/openai")  # Azure clients leave the version to ?api-version=
 
 ANSWERED_FLUSH_S = 1.0
-ENGINES_OFF = {
-    kind: f"The {kind} tool is not part of this version of Afterglow yet."
-    for kind in ("code_interpreter", "file_search")
-}
+ENGINES_OFF = {"file_search": "The file_search tool is not part of this version of Afterglow yet."}
+CODE_OFF = ("The setting code_interpreter is off.", "Set it to `auto`.")
 CORS_EXPOSED = ["x-request-id", "openai-poll-after-ms", "openai-processing-ms"]
 
 
@@ -129,6 +139,17 @@ def build_models(settings: Settings) -> Models:
     return Models(settings, offline=OfflineModel())
 
 
+def build_code_engine(settings: Settings) -> CodeEngine:
+    """What runs model-written Python, as `code_interpreter` says; not started yet."""
+    engines: dict[str, Callable[[], CodeEngine]] = {
+        "auto": lambda: FirstOf([NativeEngine(settings), DockerEngine(settings)]),
+        "native": lambda: NativeEngine(settings),
+        "docker": lambda: DockerEngine(settings),
+        "off": lambda: NoEngine(*CODE_OFF),
+    }
+    return engines[settings.code_interpreter]()
+
+
 @contextlib.asynccontextmanager
 async def open_store(settings: Settings) -> AsyncIterator[Store]:
     """The data folder's database alone, also beside a running server. Raises ConfigError or StoreError."""
@@ -163,6 +184,7 @@ class Application:
         await self._app(scope, receive, send)
 
     async def start(self) -> None:
+        self.house.code_engine.start()
         await self.worker.start()
         self._marking = asyncio.create_task(self._mark_forever())
 
@@ -191,12 +213,14 @@ class Application:
 
     async def close(self) -> None:
         await self.worker.close()
+        await self.house.code_engine.close()
         await self.house.events.close()
         if self._marking is not None:
             self._marking.cancel()
         await self._mark()
         await self.house.models.close()
         await self.house.images.close()
+        await self.house.blobs.close()
         await self.house.store.close()
 
 
@@ -230,16 +254,20 @@ async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
 
 @contextlib.asynccontextmanager
 async def open_application(
-    settings: Settings, *, models: ChatModels | None = None, clock: Clock | None = None
+    settings: Settings,
+    *,
+    models: ChatModels | None = None,
+    clock: Clock | None = None,
+    code_engine: CodeEngine | None = None,
 ) -> AsyncIterator[Application]:
     """Build the laptop shape: everything in this process, on SQLite and a folder.
 
-    models, clock: in place of the real ones, for tests. Raises ConfigError, with the way out, for whatever is wrong
-    before the first request.
+    models, clock, code_engine: in place of the real ones, for tests. Raises ConfigError, with the way out, for
+    whatever is wrong before the first request.
     """
     folder = _DataFolder(Path(settings.data))
     try:
-        application = await _build(settings, models or build_models(settings), clock or _Clock())
+        application = await _build(settings, models or build_models(settings), clock or _Clock(), code_engine)
         await application.start()
         try:
             yield application
@@ -249,7 +277,7 @@ async def open_application(
         folder.close()
 
 
-async def _build(settings: Settings, models: ChatModels, clock: Clock) -> Application:
+async def _build(settings: Settings, models: ChatModels, clock: Clock, code_engine: CodeEngine | None) -> Application:
     store = SqliteStore(database_path(settings))
     await check_exposure(settings, store)
     events = LocalEvents(store, clock, flush_ms=settings.event_flush_ms, keep_alive_s=settings.keep_alive_s)
@@ -261,12 +289,15 @@ async def _build(settings: Settings, models: ChatModels, clock: Clock) -> Applic
         queue=LocalQueue(),
         models=models,
         images=GuardedFetcher(allow_private=settings.private_images),
+        blobs=LocalBlobs(Path(settings.data) / "blobs"),
+        code_engine=code_engine or build_code_engine(settings),
         engines_off=ENGINES_OFF,
     )
     events.start()
     # Nobody else can be at work on this folder: whatever was in progress may be taken over at once.
     if left := await store.write(release_leases):
         log.warning("%d runs were in progress when the server last stopped; they go on now.", left)
+    await sweep_blobs(house, math.inf)
     if settings.assistants:
         await declare_assistants(house, settings.assistants)
     return Application(settings, house, Worker(house), Access(settings, store, clock))

@@ -108,6 +108,36 @@ class Settings:
     event_flush_ms: int = setting(500, "How often streamed text is written to the database.", unit="milliseconds")
     event_retention_h: int = setting(24, "How long the events of finished runs are kept.", unit="hours")
     private_images: bool = setting(False, "Fetch image URLs that point to private, loopback or link-local addresses.")
+    max_file_mb: int = setting(512, "Largest file that can be uploaded.", unit="MB")
+    output_retention_d: int = setting(
+        0, "How long files that the code interpreter has written are kept; 0: until they are deleted.", unit="days"
+    )
+    code_interpreter: str = setting(
+        "auto",
+        "What runs model-written Python: `auto` (native, else docker, else off), `native`, `docker` or `off`.",
+        flag=True,
+    )
+    docker_host: str = setting("", "Path of Docker's socket, for the engine `docker`. Empty: the usual places.")
+    sandbox_env: str = setting(
+        "",
+        "Folder of the interpreter's Python packages, made by `afterglow sandbox setup`. Empty: `sandbox` in the"
+        " server's virtual environment, else `~/.local/share/afterglow/sandbox`.",
+    )
+    sandbox_sessions: int = setting(
+        32, "Code interpreter sessions open at once; 4 at most where memory cannot be fully bounded."
+    )
+    sandbox_pool: int = setting(2, "Sessions made ready ahead of their use.")
+    sandbox_memory_mb: int = setting(1024, "Memory of one session, its files included.", unit="MB")
+    sandbox_disk_mb: int = setting(512, "Size of a session's /mnt/data.", unit="MB")
+    sandbox_processes: int = setting(32, "Processes and threads of one session.")
+    sandbox_cpus: float = setting(1.0, "Processors one session may use, where a cgroup can be had.")
+    sandbox_free_mb: int = setting(
+        512, "Memory the machine keeps free: below it the largest session is ended.", unit="MB"
+    )
+    sandbox_idle_s: int = setting(1200, "A session that runs nothing for so long is ended.", unit="seconds")
+    sandbox_ttl_s: int = setting(3600, "A session is ended at this age.", unit="seconds")
+    cell_timeout_s: float = setting(120.0, "One call of the code interpreter; then it is interrupted.", unit="seconds")
+    cell_output_kb: int = setting(256, "Output of one call that is kept; the rest is dropped.", unit="KB")
     upstreams: Mapping[str, Upstream] = setting({}, "Model servers by name (`[upstreams.NAME]` in the file).")
     models: Mapping[str, ModelSettings] = setting({}, 'What is known of models (`[models."NAME"]` in the file).')
 
@@ -126,6 +156,16 @@ ABOVE_ZERO = (
     "keep_alive_s",
     "event_flush_ms",
     "event_retention_h",
+    "max_file_mb",
+    "sandbox_sessions",
+    "sandbox_memory_mb",
+    "sandbox_disk_mb",
+    "sandbox_processes",
+    "sandbox_cpus",
+    "sandbox_idle_s",
+    "sandbox_ttl_s",
+    "cell_timeout_s",
+    "cell_output_kb",
 )
 
 
@@ -293,13 +333,14 @@ def _check(settings: Settings) -> None:
         ("log_format", ("text", "json")),
         ("log_level", ("debug", "info", "warning", "error")),
         ("history", ("calls", "messages")),
+        ("code_interpreter", ("auto", "native", "docker", "off")),
     ):
         if getattr(settings, name) not in allowed:
             raise ConfigError(f"{name}: expected {' or '.join(allowed)}, got {getattr(settings, name)!r}.")
     for name in ABOVE_ZERO:
         if getattr(settings, name) <= 0:
             raise ConfigError(f"{name}: must be more than 0.")
-    for name in ("model_retries", "poll_after_ms"):
+    for name in ("model_retries", "poll_after_ms", "output_retention_d", "sandbox_pool", "sandbox_free_mb"):
         if getattr(settings, name) < 0:
             raise ConfigError(f"{name}: must not be less than 0.")
     if not 0 <= settings.port <= 65535:

@@ -1,16 +1,29 @@
-"""Stand-ins for tests, ours and those of apps: a model that says what it is told, and a clock that can be set."""
+"""Stand-ins for tests, ours and those of apps: a model that says what it is told, a code interpreter that does what it
+is told, and a clock that can be set."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from afterglow.contracts import ChatRequest, Delta, Forwarded, ModelEnd, ModelInfo, TextDelta, ToolCallDelta
-from afterglow.errors import ModelError, NotFound
+from afterglow.contracts import (
+    CellEnd,
+    CellOutput,
+    ChatRequest,
+    Delta,
+    EngineStatus,
+    Forwarded,
+    ModelEnd,
+    ModelInfo,
+    SandboxFile,
+    TextDelta,
+    ToolCallDelta,
+)
+from afterglow.errors import ModelError, NotFound, SandboxError, SessionLost
 from afterglow.objects import Usage
 
 Saying = list[Delta | ModelError | asyncio.Event]
@@ -97,6 +110,100 @@ class ScriptedModels:
 
     async def close(self) -> None:
         """Nothing to let go of."""
+
+
+class Write(NamedTuple):
+    """What a scripted cell does to /mnt/data: write `data` under `name`, or remove it (None)."""
+
+    name: str
+    data: bytes | None
+
+
+Cell = list[CellOutput | Write | asyncio.Event]
+
+
+class ScriptedSession:
+    """A `contracts.CodeSession` that runs nothing: each cell is the engine's next script."""
+
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.alive = True
+        self.files: dict[str, tuple[bytes, int]] = {}
+        self._engine = engine
+
+    async def run(self, code: str, timeout_s: float) -> AsyncGenerator[CellOutput, None]:
+        self._engine.ran.append(code)
+        finished = False
+        try:
+            for item in self._engine.cells.pop(0) if self._engine.cells else []:
+                if isinstance(item, asyncio.Event):
+                    await item.wait()
+                elif isinstance(item, Write):
+                    self._write(item)
+                else:
+                    finished = isinstance(item, CellEnd)
+                    self.alive = self.alive and getattr(item, "status", "") != "lost"
+                    yield item
+            if not finished:
+                finished = True
+                yield CellEnd("ok")
+        finally:
+            self._engine.stopped += not finished
+
+    def _write(self, item: Write) -> None:
+        if item.data is None:
+            self.files.pop(item.name, None)
+        else:
+            self.files[item.name] = (item.data, next(_numbers))
+
+    async def put(self, name: str, size_bytes: int, chunks: AsyncIterator[bytes]) -> None:
+        self._write(Write(name, b"".join([chunk async for chunk in chunks])))
+
+    async def list_files(self) -> list[SandboxFile]:
+        if not self.alive:
+            raise SessionLost("It was closed.")
+        return [SandboxFile(name, len(data), mtime) for name, (data, mtime) in self.files.items()]
+
+    async def get(self, name: str, max_bytes: int) -> AsyncGenerator[bytes, None]:
+        yield self.files[name][0][:max_bytes]
+
+    async def close(self) -> None:
+        self.alive = False
+
+
+class ScriptedEngine:
+    """A `contracts.CodeEngine` whose cells do what they are told: outputs, writes, and events to wait for.
+
+    ran: the code of each cell. sessions: all that were opened. stopped: cells that were ended before their end.
+    refuses: raised instead of opening a session.
+    """
+
+    def __init__(self) -> None:
+        self.status = EngineStatus("on", engine="scripted")
+        self.cells: list[Cell] = []
+        self.ran: list[str] = []
+        self.sessions: list[ScriptedSession] = []
+        self.stopped = 0
+        self.refuses: SandboxError | None = None
+
+    def will(self, *cells: Cell) -> None:
+        """Let the next cells do these."""
+        self.cells += cells
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    async def settled(self) -> EngineStatus:
+        return self.status
+
+    async def open(self) -> ScriptedSession:
+        if self.refuses is not None:
+            raise self.refuses
+        self.sessions.append(ScriptedSession(self))
+        return self.sessions[-1]
+
+    async def close(self) -> None:
+        for session in self.sessions:
+            await session.close()
 
 
 class SetClock:

@@ -17,7 +17,7 @@ from openai.types.beta.threads import Run
 
 from afterglow.app import Application, open_application
 from afterglow.settings import Settings, load
-from afterglow.testing import ScriptedModels
+from afterglow.testing import ScriptedEngine, ScriptedModels
 
 GET_WEATHER = {
     "type": "function",
@@ -30,12 +30,14 @@ GET_WEATHER = {
 
 
 class Server:
-    """A running server. model: what answers its runs. client: the official client, without retries."""
+    """A running server. model: what answers its runs. code: what runs its code. client: the official client, without
+    retries."""
 
-    def __init__(self, application: Application, model: ScriptedModels, url: str) -> None:
+    def __init__(self, application: Application, model: ScriptedModels, code: Any, url: str) -> None:
         self.application = application
         self.house = application.house
         self.model = model
+        self.code = code
         self.url = url
         no_certificates = openai.DefaultAsyncHttpxClient(verify=False)  # reading them takes longer than most tests
         self.client = openai.AsyncOpenAI(
@@ -101,11 +103,14 @@ ServerFactory = Callable[..., AbstractAsyncContextManager[Server]]
 
 
 @asynccontextmanager
-async def running_server(folder: Path, clock: Any = None, **settings: Any) -> AsyncGenerator[Server, None]:
-    """A server on `folder`; start it again on the same folder to see what survives."""
+async def running_server(
+    folder: Path, clock: Any = None, code_engine: Any = None, **settings: Any
+) -> AsyncGenerator[Server, None]:
+    """A server on `folder`; start it again on the same folder to see what survives. code_engine: one that runs
+    code, in place of the scripted one."""
     loaded: Settings = load({"data": str(folder), **settings}, environ={})
-    model = ScriptedModels()
-    async with open_application(loaded, models=model, clock=clock) as application:
+    model, code = ScriptedModels(), code_engine or ScriptedEngine()
+    async with open_application(loaded, models=model, clock=clock, code_engine=code) as application:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # uvloop does it; asyncio would wait 40 ms
         config = uvicorn.Config(
@@ -115,7 +120,7 @@ async def running_server(folder: Path, clock: Any = None, **settings: Any) -> As
         uvicorn_server = _PromptServer(config)
         uvicorn_server.lifespan = config.lifespan_class(config)
         await uvicorn_server.startup([listening])
-        server = Server(application, model, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        server = Server(application, model, code, f"http://127.0.0.1:{listening.getsockname()[1]}")
         try:
             yield server
         finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
+
 import msgspec
 
 from afterglow.contracts import Transaction
@@ -107,6 +109,26 @@ async def list_calls_before(
         *down_to,
     )
     return [_placed(row) for row in rows]
+
+
+async def list_pictures_to_show(tx: Transaction, project: str, run_id: str) -> list[str]:
+    """File ids of the images that the run's code has shown since its last message."""
+    rows = await tx.fetch(
+        "SELECT type, object FROM steps WHERE project_id = $1 AND run_id = $2 AND left_behind = 0"
+        " AND status IN ('completed', 'failed') ORDER BY created_at DESC, seq DESC",
+        project,
+        run_id,
+    )
+    since = takewhile(lambda row: row[0] == "tool_calls", rows)
+    steps = [msgspec.json.decode(text, type=RunStep) for _, text in since][::-1]
+    return [
+        output["image"]["file_id"]
+        for step in steps
+        for call in step.step_details["tool_calls"]
+        if call["type"] == "code_interpreter"
+        for output in call["code_interpreter"]["outputs"]
+        if output["type"] == "image"
+    ]
 
 
 async def insert_step(tx: Transaction, project: str, step: RunStep, seq: int, attempt: int) -> None:

@@ -26,9 +26,11 @@ from afterglow.rows.messages import SaidMessage
 ASCII_BYTES_PER_TOKEN = 3.6
 OTHER_BYTES_PER_TOKEN = 2.4
 TOKENS_PER_MESSAGE = 4
+STORED_IMAGE = "afterglow-file:"  # and a file's id: stands for its bytes, which `images.py` puts in its place
 IMAGE_TOKENS = {"low": 85, "high": 1100, "auto": 800}
 KEEP_SHARE = 0.7
 EARLIER_OUTPUT_CHARS = 4000  # tool outputs of earlier runs are clipped to this
+CODE_OUTPUT_CHARS = 16_000  # what code of the run itself has printed, to this
 COMPLETION_RESERVE_TOKENS = 4096
 LARGEST_PAGE = 512
 
@@ -87,6 +89,9 @@ def _chat_part(stored: Json, images: bool) -> Json | None:
         return {"type": "text", "text": stored["refusal"]}
     if kind == "image_url" and images:
         return {"type": "image_url", "image_url": stored["image_url"]}
+    if kind == "image_file" and images:
+        url, detail = STORED_IMAGE + stored["image_file"]["file_id"], stored["image_file"].get("detail", "auto")
+        return {"type": "image_url", "image_url": {"url": url, "detail": detail}}
     name = stored[kind].get("url") or stored[kind].get("file_id") or ""
     return {"type": "text", "text": f"[image: {name if len(name) <= 200 else 'inline data'}]"}
 
@@ -110,8 +115,8 @@ def calls_turn(place: Place, step: RunStep, run_id: str, names: dict[str, str]) 
         name, arguments, output = _call_texts(call, step, names)
         if output is None:
             return None
-        if not own and len(output) > EARLIER_OUTPUT_CHARS:
-            output = f"{output[:EARLIER_OUTPUT_CHARS]}\n[{len(output) - EARLIER_OUTPUT_CHARS} characters left out]"
+        if not own:
+            output = clipped(output, EARLIER_OUTPUT_CHARS)
         calls.append({"id": call["id"], "type": "function", "function": {"name": name, "arguments": arguments}})
         outputs.append({"role": "tool", "tool_call_id": call["id"], "content": output})
     if not calls:
@@ -136,12 +141,24 @@ def _call_texts(call: Json, step: RunStep, names: dict[str, str]) -> tuple[str, 
         return str(function["name"]), function["arguments"] or "{}", output
     if kind == "code_interpreter":
         ran = call["code_interpreter"]
-        logs = "\n".join(out["logs"] if out["type"] == "logs" else "[image]" for out in ran["outputs"])
+        logs = "\n".join(_output_text(output) for output in ran["outputs"])
         arguments = msgspec.json.encode({"code": ran["input"]}).decode()
-        return names.get(kind, "python"), arguments, failure or logs or "(no output)"
+        return names.get(kind, "python"), arguments, clipped(logs, CODE_OUTPUT_CHARS) or failure or "(no output)"
     results = call["file_search"].get("results", [])
     found = msgspec.json.encode(results).decode()
     return names.get(kind, "file_search"), "{}", failure or found
+
+
+def _output_text(output: Json) -> str:
+    return str(output["logs"]) if output["type"] == "logs" else f"[image: {output['image']['file_id']}]"
+
+
+def clipped(text: str, limit: int) -> str:
+    """At most `limit` characters of a text, from its start and its end, where errors stand; the gap is named."""
+    if len(text) <= limit:
+        return text
+    tail = limit // 4
+    return f"{text[: limit - tail]}\n[{len(text) - limit} characters left out]\n{text[-tail:]}"
 
 
 # --- the window ------------------------------------------------------------------------------------------------

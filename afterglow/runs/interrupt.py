@@ -1,4 +1,4 @@
-"""Stopping an attempt from outside: only while it waits for the model, never in the middle of a transaction."""
+"""Stopping an attempt from outside: only while it waits for model or tool, never in the middle of a transaction."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Literal, TypeVar
 
-from afterglow.contracts import Delta
-
 T = TypeVar("T")
 Why = Literal["", "cancelled", "expired", "lost"]
 
 
 class Interrupted(Exception):
-    """The attempt was asked to stop while it waited for the model."""
+    """The attempt was asked to stop while it waited."""
 
     def __init__(self, why: Why) -> None:
         super().__init__(why)
@@ -40,12 +38,12 @@ class Interrupt:
         if self.why:
             raise Interrupted(self.why)
 
-    async def next(self, stream: AsyncIterator[list[Delta]]) -> list[Delta]:
-        """The stream's next batch; [] at its end. Raises Interrupted."""
+    async def next(self, stream: AsyncIterator[T]) -> T | None:
+        """The stream's next item; None at its end. Raises Interrupted."""
         try:
             return await self.wait(stream.__anext__)
         except StopAsyncIteration:
-            return []
+            return None
 
     async def wait(self, act: Callable[[], Awaitable[T]]) -> T:
         """What `act` gives in the end. Raises Interrupted when asked to, now or earlier."""

@@ -312,8 +312,8 @@ def _close_answered(house: House, placed: PlacedStep, given: dict[str, str], now
     for call in calls:
         if call["type"] == "function":
             call["function"]["output"] = given[call["id"]]
-    kinds = {call["type"] for call in calls}
-    reasons = [reason for kind, reason in house.engines_off.items() if kind in kinds]
+    kinds = dict.fromkeys(call["type"] for call in calls)
+    reasons = [reason for kind in kinds if (reason := house.why_off(kind))]
     error = LastError("server_error", " ".join(reasons)) if reasons else None
     close_step(placed.step, "failed" if error else "completed", now, placed.usage, error)
 

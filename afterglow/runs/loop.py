@@ -5,7 +5,7 @@ transaction first makes sure that this attempt still holds the run (fencing), an
 committed. Text goes to followers as it comes and to the database in batches.
 
 What interrupts an attempt (a cancel, the deadline, a lost lease) is asked for from outside with `interrupt`, and takes
-effect while the model is awaited, never in the middle of a transaction.
+effect while the model or the code interpreter is awaited, never in the middle of a transaction of the run's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from afterglow.contracts import (
     ToolCallDelta,
     Transaction,
 )
-from afterglow.errors import ContextOverflow, LostLease, ModelBroke, ModelError, ModelRefused, StoreError
+from afterglow.errors import ContextOverflow, LostLease, ModelBroke, ModelError, ModelRefused, SandboxError, StoreError
 from afterglow.ids import new_id
 from afterglow.objects import IncompleteDetails, LastError, Message, RunStep, Usage
 from afterglow.rows import events as event_rows
@@ -38,10 +38,12 @@ from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
+from afterglow.rows.files import list_sandbox_files
 from afterglow.rows.model_calls import ModelCall, insert_model_call
 from afterglow.rows.runs import RunRow
 from afterglow.runs.closing import InHand, close_open_steps, close_step
 from afterglow.runs.context import Calibration, chat_messages, estimate_tokens
+from afterglow.runs.images import inline_stored_images
 from afterglow.runs.interrupt import Interrupt, Interrupted
 from afterglow.runs.prompt import Prompt, PromptRules, chat_response_format, read_prompt
 from afterglow.runs.states import RunEvent, end_message, move_run
@@ -56,9 +58,11 @@ from afterglow.runs.transcript import (
     stop_of,
     text_delta_head,
 )
-from afterglow.runs.turn import Call, ModelTurn, first_delta, required_action, with_reason
+from afterglow.runs.turn import Call, ModelTurn, first_delta, image_part, required_action
 from afterglow.telemetry import log
-from afterglow.tools.function import ToolKind, chat_tool_choice, offer
+from afterglow.tools.annotations import SANDBOX_PATH, file_paths
+from afterglow.tools.code_interpreter import CodeInterpreter, SandboxListing
+from afterglow.tools.function import chat_tool_choice, offer
 
 T = TypeVar("T")
 STORE_RETRY_S = 1.0
@@ -77,9 +81,10 @@ class Execution:
         calibration: Calibration,
         started: list[Segment],
         task: asyncio.Task[None],
+        interpreter: CodeInterpreter,
     ) -> None:
         """row: as claimed. transcript: after the claim's events, which are `started` and not yet announced.
-        task: the one that will call `run`."""
+        task: the one that will call `run`. interpreter: the worker's, with a session for each thread."""
         self.house = house
         self.row = row
         self.interrupt = Interrupt(task)
@@ -92,6 +97,8 @@ class Execution:
         self._budget_cap: int | None = None  # what an overflow without a number has taught this attempt
         self._overflowed = False
         self._turns_for_nothing = 0
+        self._interpreter = interpreter
+        self._files: SandboxListing | None = None  # of the code interpreter, once looked up
 
     # --- the way through a run ---------------------------------------------------------------------------------
 
@@ -105,7 +112,7 @@ class Execution:
         if self.row.run.status == "cancelling":
             self.interrupt.ask("cancelled")
         try:
-            if reason := self._demanded_engine_off():
+            if reason := await self._demanded_engine_off():
                 return await self._stop("broke", LastError("server_error", reason))
             while await self._take_turn(committed):
                 pass
@@ -135,6 +142,7 @@ class Execution:
             await self._stop("ran_out", incomplete="max_completion_tokens")
             return False
         request = self._request(prompt, completion_left)
+        await self.interrupt.wait(partial(inline_stored_images, self.house, self.row.project, request))
         if self.house.models.wants_inline_images(run.model):
             await self._inline_images(request)
         self.interrupt.check()  # or a call that was never made would be recorded
@@ -154,6 +162,7 @@ class Execution:
             self._offer_nothing()
         rules = PromptRules(
             self.row,
+            await self._instructions(),
             self._offered,
             info,
             self._calibration,
@@ -166,6 +175,16 @@ class Execution:
             return await read_prompt(tx, rules)
 
         return await self.house.store.read(work)
+
+    async def _instructions(self) -> str:
+        """The run's, and what files the code interpreter has: looked up once, so that the prompt's start stays the
+        same from turn to turn."""
+        instructions = self.row.run.instructions
+        if "code_interpreter" not in self._offered.names:
+            return instructions
+        if self._files is None:
+            self._files = await self._interpreter.place_files(self.row)
+        return "\n\n".join(filter(None, [instructions, self._files.paragraph()]))
 
     def _offer_nothing(self) -> None:
         """The operator says that the model takes no tools. Raises ModelRefused when the caller demands one."""
@@ -194,7 +213,7 @@ class Execution:
         choice = asked.tool_choice if first or asked.tool_choice == "none" else None
         return ChatRequest(
             model=run.model,
-            messages=chat_messages(run.instructions, prompt.cut.turns),
+            messages=chat_messages(prompt.instructions, prompt.cut.turns),
             tools=self._offered.tools,
             tool_choice=chat_tool_choice(choice, self._offered),
             parallel_tool_calls=asked.parallel_tool_calls if self._offered.tools else None,
@@ -217,11 +236,13 @@ class Execution:
         limit = self.row.run.max_completion_tokens
         return None if limit is None else limit - self.row.spent.completion_tokens
 
-    def _demanded_engine_off(self) -> str | None:
+    async def _demanded_engine_off(self) -> str | None:
         """Why the run cannot be: its tool_choice demands a tool whose engine is off."""
         choice = self.row.asked.tool_choice
         kind = choice.get("type") if isinstance(choice, dict) else None
-        return self.house.engines_off.get(kind) if kind else None
+        if kind == "code_interpreter":
+            await self.interrupt.wait(self.house.code_engine.settled)
+        return self.house.why_off(kind) if kind else None
 
     # --- listening to the model --------------------------------------------------------------------------------
 
@@ -273,7 +294,7 @@ class Execution:
             # The first delta of a part names its (empty) annotations.
             assert turn.message is not None
             first: dict[str, Any] = {"value": pieces[0], "annotations": []}
-            index = 1 if turn.refusal else 0
+            index = turn.next_index
             turn.head = text_delta_head(turn.message.id, index)
             self._keep([message_delta(turn.message.id, [{"index": index, "type": "text", "text": first}])])
             turn.text.append(pieces[0])
@@ -288,7 +309,7 @@ class Execution:
             await self._open_message(turn)
         assert turn.message is not None
         if not turn.refusal:
-            turn.refusal_index = 1 if turn.text else 0
+            turn.refusal_index = turn.next_index
         turn.refusal.append(piece)
         delta = {"index": turn.refusal_index, "type": "refusal", "refusal": piece}
         self._keep([message_delta(turn.message.id, [delta])])
@@ -311,6 +332,8 @@ class Execution:
         if call.kind == "function":
             piece = {"index": delta.index, "type": "function", "function": {"arguments": delta.arguments}}
             self._keep([step_delta(turn.step.id, [piece])])
+        elif call.kind == "code_interpreter" and (code := call.code.feed(delta.arguments)):
+            self._keep_code(turn, call, {"input": code})
 
     # --- opening and closing steps -----------------------------------------------------------------------------
 
@@ -329,17 +352,23 @@ class Execution:
         )
         details = {"type": "message_creation", "message_creation": {"message_id": message.id}}
         step = self._new_step("message_creation", details, now)
+        ran_code = any(tool["type"] == "code_interpreter" for tool in run.tools)
 
         async def work(tx: Transaction, row: RunRow) -> list[Event]:
             seq = await self._draw(tx, 2)
             await step_rows.insert_step(tx, row.project, step, seq, row.attempt)
             await message_rows.insert_message(tx, row.project, message, seq + 1)
             await message_rows.hide_left_behind(tx, row.project, run.id)
+            turn.pictures = await step_rows.list_pictures_to_show(tx, row.project, run.id) if ran_code else []
             return [
                 step_event(step, "created"),
                 step_event(step, "in_progress"),
                 message_event(message, "created"),
                 message_event(message, "in_progress"),
+                *(
+                    message_delta(message.id, [{"index": index, **image_part(file_id)}])
+                    for index, file_id in enumerate(turn.pictures)
+                ),
             ]
 
         await self._commit(work)
@@ -386,6 +415,7 @@ class Execution:
         assert turn.step is not None
         # Copies: should the commit fail, this is done again.
         message = msgspec.structs.replace(turn.message, content=turn.content)
+        events = await self._annotate(tx, row, message)
         stored = await message_rows.get_message(tx, row.project, message.thread_id, message.id)
         message.metadata = stored.metadata if stored else {}  # a caller may have set it since
         step = msgspec.structs.replace(turn.step)
@@ -393,7 +423,20 @@ class Execution:
         await message_rows.update_message(tx, row.project, message)
         close_step(step, "completed", now, usage)
         await step_rows.update_step(tx, row.project, step)
-        return [message_event(message), step_event(step)]
+        return [*events, message_event(message), step_event(step)]
+
+    async def _annotate(self, tx: Transaction, row: RunRow, message: Message) -> list[Event]:
+        """Put annotations to the files that the text names, and tell those who stream."""
+        events = []
+        for index, part in enumerate(message.content):
+            if part["type"] == "text" and SANDBOX_PATH in part["text"]["value"]:
+                files = await list_sandbox_files(tx, row.project, message.thread_id)
+                found = file_paths(part["text"]["value"], {file.name: file.file_id for file in files})
+                part["text"]["annotations"] = found
+                numbered = [{"index": number, **annotation} for number, annotation in enumerate(found)]
+                piece = {"index": index, "type": "text", "text": {"value": "", "annotations": numbered}}
+                events += [message_delta(message.id, [piece])] if found else []
+        return events
 
     async def _finish_turn(self, turn: ModelTurn) -> bool:
         """The model is done: close its step and move the run. Return whether another turn follows."""
@@ -458,44 +501,99 @@ class Execution:
         await self._commit(work)
 
     async def _close_calls(self, turn: ModelTurn, usage: Usage) -> bool:
-        """One transaction: wait for the caller's outputs, or, when all calls were server-side, go on."""
-        now = int(self.house.clock.now())
+        """Run what is ours to run; then, in one transaction, wait for the caller's outputs, or go on without."""
         waiting = [call for call in turn.calls if call.kind == "function"]
-        reasons: dict[ToolKind, str] = {
-            call.kind: self._engine_off(call.kind) for call in turn.calls if call.kind != "function"
-        }
+        await self._run_server_side(turn, usage)
+        failures = [call.failure for call in turn.calls if call.failure]
+        now = int(self.house.clock.now())
         opened = turn.step
         assert opened is not None
 
         async def work(tx: Transaction, row: RunRow) -> list[Event]:
             if row.run.status == "cancelling":
                 raise Interrupted("cancelled")
-            details = {"type": "tool_calls", "tool_calls": [with_reason(call, reasons) for call in turn.tool_calls]}
-            step = msgspec.structs.replace(opened, step_details=details)
-            await self._record_call(tx, row, turn, usage)
+            step = msgspec.structs.replace(opened, step_details=turn.details)
+            if not turn.recorded:
+                await self._record_call(tx, row, turn, usage)
             if waiting:
                 await step_rows.update_step(tx, row.project, step, usage=usage)
                 move_run(row.run, "calls_functions", now)
                 row.run.required_action = required_action(waiting)
                 return [run_event(row.run)]
-            close_step(step, "failed", now, usage, LastError("server_error", " ".join(reasons.values())))
+            error = LastError("server_error", " ".join(failures)) if failures else None
+            close_step(step, "failed" if failures else "completed", now, usage, error)
             await step_rows.update_step(tx, row.project, step)
             return [step_event(step)]
 
         await self._commit(work)
         self._turn = None
-        if not waiting:
+        if len(failures) == len(turn.calls):
             self._stop_offering_what_is_off()
         return not waiting
+
+    async def _run_server_side(self, turn: ModelTurn, usage: Usage) -> None:
+        """Run the calls whose engine is ours, one after the other."""
+        for call in turn.calls:
+            if call.kind == "function":
+                continue
+            if off := self.house.why_off(call.kind):
+                self._fail(turn, call, off)
+            else:
+                await self._run_code(turn, call, usage)
+
+    async def _run_code(self, turn: ModelTurn, call: Call, usage: Usage) -> None:
+        if missing := call.code.end():
+            self._keep_code(turn, call, {"input": missing})
+        if not turn.recorded:
+            await self._show_calls(turn, usage)
+        assert self._files is not None
+        seen = any(self._is_code_call(called) for before in turn.prompt.cut.turns for called in before.chat)
+        outputs = self._interpreter.run(self.row, self._files.placed, call.code.text, seen=seen)
+        try:
+            async with aclosing(outputs):
+                while (output := await self.interrupt.next(outputs)) is not None:
+                    delta = call.print(output) if isinstance(output, str) else call.show(output.id)
+                    self._keep_code(turn, call, delta)
+        except SandboxError as error:
+            self._fail(turn, call, str(error))
+
+    async def _show_calls(self, turn: ModelTurn, usage: Usage) -> None:
+        """One transaction: what the model has called, for those who read the step while it runs, and what it cost."""
+        opened = turn.step
+        assert opened is not None
+
+        async def work(tx: Transaction, row: RunRow) -> list[Event]:
+            if row.run.status == "cancelling":
+                raise Interrupted("cancelled")
+            await self._record_call(tx, row, turn, usage)
+            step = msgspec.structs.replace(opened, step_details=turn.details)
+            await step_rows.update_step(tx, row.project, step, usage=usage)
+            return []
+
+        await self._commit(work)
+        turn.recorded = True
+
+    def _fail(self, turn: ModelTurn, call: Call, reason: str) -> None:
+        """A call that was not run; its output says why."""
+        call.failure = reason
+        if call.kind == "code_interpreter":
+            self._keep_code(turn, call, {"input": missing} if (missing := call.code.end()) else {})
+            self._keep_code(turn, call, call.print(reason))
+
+    def _keep_code(self, turn: ModelTurn, call: Call, delta: dict[str, Any]) -> None:
+        assert turn.step is not None
+        piece = {"index": turn.calls.index(call), "type": "code_interpreter", "code_interpreter": delta}
+        self._keep([step_delta(turn.step.id, [piece])])
+
+    def _is_code_call(self, message: dict[str, Any]) -> bool:
+        name = self._offered.names["code_interpreter"]
+        return any(called["function"]["name"] == name for called in message.get("tool_calls", []))
 
     def _stop_offering_what_is_off(self) -> None:
         """A model that keeps calling what cannot be had is not asked for ever."""
         self._turns_for_nothing += 1
         if self._turns_for_nothing >= TURNS_FOR_NOTHING:
             self._offered = offer([tool for tool in self.row.run.tools if tool["type"] == "function"])
-
-    def _engine_off(self, kind: str) -> str:
-        return self.house.engines_off.get(kind, f"The tool {kind} is not available.")
 
     async def _record_call(self, tx: Transaction, row: RunRow, turn: ModelTurn, usage: Usage) -> None:
         """Add the tokens to the run, and one row for the ledger."""
@@ -550,7 +648,7 @@ class Execution:
 
         async def work(tx: Transaction, row: RunRow) -> list[Event]:
             events = [run_event(row.run)] if row.run.status == "cancelling" else []
-            if turn is not None:
+            if turn is not None and not turn.recorded:
                 await self._record_call(tx, row, turn, usage or Usage())
             row.run.last_error = error
             row.run.incomplete_details = IncompleteDetails(incomplete) if incomplete else None
@@ -578,7 +676,7 @@ class Execution:
                 raise LostLease(self.row.run.id)
             segment = self._transcript.number(await work(tx, row), stop_of(row.run))
             await run_rows.update_run(tx, row)
-            parts = [*self._unwritten, segment]
+            parts = [*self._unwritten, segment] if segment.data else self._unwritten
             if await self._message_is_gone(tx):
                 parts = [part._replace(data=b"") for part in parts]
                 await event_rows.blank_run_events(tx, row.project, row.run.id)
@@ -596,7 +694,7 @@ class Execution:
                     raise
                 await asyncio.sleep(STORE_RETRY_S)
         self._unwritten = []
-        self._announce(segment)
+        self._announce(*[segment] if segment.data else [])
 
     async def _message_is_gone(self, tx: Transaction) -> bool:
         """Whether a caller deleted the message that is being written: then its text must not stay in the log."""

@@ -29,9 +29,11 @@ FIRST_PAGE = 32
 
 
 class Prompt(NamedTuple):
-    """What one call sends of the thread. cut_off: the thread's sequence when it was read. budget_tokens: room for the
-    whole prompt. estimated: tokens per part, uncalibrated. needed: calibrated tokens of the whole prompt."""
+    """What one call sends. instructions: with what is said of files. cut_off: the thread's sequence when it was read.
+    budget_tokens: room for the whole prompt. estimated: tokens per part, uncalibrated. needed: calibrated tokens of
+    the whole prompt."""
 
+    instructions: str
     cut: Cut
     cut_off: int
     budget_tokens: int
@@ -43,6 +45,7 @@ class PromptRules(NamedTuple):
     """What a call's prompt depends on, besides the thread itself."""
 
     row: RunRow
+    instructions: str
     offered: Offer
     info: ModelInfo
     calibration: Calibration
@@ -68,7 +71,7 @@ async def read_prompt(tx: Transaction, rules: PromptRules) -> Prompt:
     row = rules.row
     run, project = row.run, row.project
     factor = rules.calibration.factor(run.model)
-    parts = fixed_tokens(run.instructions, rules.offered.tools, rules.response_format)
+    parts = fixed_tokens(rules.instructions, rules.offered.tools, rules.response_format)
     fixed = round(sum(parts.values()) * factor)
     budget = prompt_budget(rules)
     last = await get_last_cut(tx, project, run.thread_id) if run.truncation_strategy.type == "auto" else None
@@ -78,7 +81,7 @@ async def read_prompt(tx: Transaction, rules: PromptRules) -> Prompt:
     await _fill(tx, window, rules, cut_off)
     cut = window.cut()
     parts["history"] = sum(turn.tokens for turn in cut.turns)
-    return Prompt(cut, cut_off, budget, parts, fixed + cut.tokens)
+    return Prompt(rules.instructions, cut, cut_off, budget, parts, fixed + cut.tokens)
 
 
 async def _fill(tx: Transaction, window: Window, rules: PromptRules, cut_off: int) -> None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from afterglow import telemetry
 from afterglow.contracts import House, Segment, Transaction
 from afterglow.errors import AfterglowError, LostLease, StoreError
+from afterglow.files import tidy_files
 from afterglow.ids import new_id
 from afterglow.rows import events as event_rows
 from afterglow.rows import requests as request_rows
@@ -34,6 +35,7 @@ from afterglow.runs.loop import Execution
 from afterglow.runs.states import move_run
 from afterglow.runs.transcript import Event, Transcript, run_event
 from afterglow.telemetry import log
+from afterglow.tools.code_interpreter import CodeInterpreter
 
 CLAIM_LIMIT = 64
 POLL_S = 1.0  # how long a lost wake-up, or a run left by another worker, can go unnoticed
@@ -60,6 +62,7 @@ class Worker:
         self._house = house
         self._id = new_id("worker")
         self._calibration = Calibration()
+        self._interpreter = CodeInterpreter(house)
         self._executions: dict[str, Execution] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -83,6 +86,7 @@ class Worker:
         for task in [*self._loops, *self._tasks]:
             task.cancel()
         await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
+        await self._interpreter.close()
 
         async def work(tx: Transaction) -> int:
             return await run_rows.release_leases(tx, self._id)
@@ -117,7 +121,7 @@ class Worker:
             task = asyncio.create_task(self._execute(claim, committed))
             # Before the task first runs: from now on it counts as running, and a cancel must find it.
             self._executions[claim.row.run.id] = Execution(
-                self._house, claim.row, claim.transcript, self._calibration, claim.started, task
+                self._house, claim.row, claim.transcript, self._calibration, claim.started, task, self._interpreter
             )
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -199,6 +203,7 @@ class Worker:
             if execution.row.deadline <= now:  # its timer was late: timers stand still while a laptop sleeps
                 execution.interrupt.ask("expired")
         await expire_overdue(self._house, CLAIM_LIMIT, frozenset(self._executions))
+        await self._interpreter.sweep()
         self._sweeps += 1
         if self._sweeps % TIDY_EVERY_SWEEPS == 0:
             await self._tidy()
@@ -214,6 +219,7 @@ class Worker:
 
         while await self._house.store.write(work) >= TIDY_LIMIT:
             pass
+        await tidy_files(self._house)
 
 
 async def claim_next(

@@ -11,7 +11,7 @@ import pytest
 
 from afterglow.api import bodies
 from afterglow.api.bodies import decode
-from afterglow.contracts import START, ModelInfo, TextDelta, Transaction
+from afterglow.contracts import START, EngineStatus, ModelInfo, TextDelta, Transaction
 from afterglow.errors import ContextOverflow
 from afterglow.rows.events import list_segments
 from afterglow.testing import calls, ended, says
@@ -23,6 +23,7 @@ ASKS_FOR_CODE = ("python", {"code": "1 + 1"})
 
 async def test_a_tool_that_is_off_is_not_offered_for_ever(server: Server) -> None:
     """A model that keeps calling an engine that is off is asked a third time without it; functions stay."""
+    server.code.status = EngineStatus("off", reason="The kernel is too old.")
     server.model.will(calls(ASKS_FOR_CODE), calls(ASKS_FOR_CODE), says("Then without."))
     run = await server.run("Compute.", tools=[INTERPRETER, GET_WEATHER])
     assert run.status == "completed"

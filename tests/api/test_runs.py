@@ -11,7 +11,7 @@ import pytest
 from openai.types.beta.threads import Run
 from openai.types.beta.threads.runs import RunStep
 
-from afterglow.contracts import ModelEnd, ModelInfo, RefusalDelta, TextDelta, ToolCallDelta
+from afterglow.contracts import EngineStatus, ModelEnd, ModelInfo, RefusalDelta, TextDelta, ToolCallDelta
 from afterglow.errors import (
     ContentFiltered,
     ContextOverflow,
@@ -27,6 +27,7 @@ from tests.api.streams import answers, happened, polled, submit
 from tests.conftest import GET_WEATHER, Server, ServerFactory
 
 PYTHON = {"type": "code_interpreter"}
+CODE_OFF = EngineStatus("off", reason="The code_interpreter tool is off:", remedy="this kernel is too old.")
 SEARCH = {"type": "file_search"}
 WEATHER_IN_OSLO = ("get_weather", {"city": "Oslo"})
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -739,6 +740,7 @@ async def test_parallel_calls_are_one_step(server: Server) -> None:
 
 async def test_a_tool_whose_engine_is_off(server: Server) -> None:
     """The step fails with the reason, the model is told it, and the run goes on to its answer."""
+    server.code.status = CODE_OFF
     for tool, call in (
         (PYTHON, ("python", {"code": "print(1)"})),
         (SEARCH, ("file_search", {"queries": ["rain"]})),
@@ -764,6 +766,7 @@ async def test_a_tool_whose_engine_is_off(server: Server) -> None:
 
 async def test_demanding_a_tool_whose_engine_is_off_fails_the_run(server: Server) -> None:
     """When tool_choice demands what cannot be had, the run fails with the reason and asks no model."""
+    server.code.status = CODE_OFF
     for tool in (PYTHON, SEARCH):
         run = await server.run("Try it", tools=[tool], tool_choice={"type": tool["type"]})
         assert run.status == "failed"
@@ -798,6 +801,7 @@ async def test_a_callers_function_may_be_named_python(server: Server) -> None:
 
 async def test_functions_and_server_tools_in_one_turn(server: Server) -> None:
     """Of a mixed turn only the function calls are asked of the caller; the model hears of all of them."""
+    server.code.status = CODE_OFF
     server.model.will(calls(("python", {"code": "1"}), WEATHER_IN_OSLO), says("Rain."))
     run = await server.run("Both", tools=[PYTHON, GET_WEATHER])
     assert run.required_action is not None

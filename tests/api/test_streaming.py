@@ -16,7 +16,7 @@ from openai.types.beta.threads import Run
 from openai.types.beta.threads.runs import RunStep
 
 from afterglow.api.sse import EventStream
-from afterglow.contracts import START, ModelEnd, Position, RefusalDelta, TextDelta, ToolCallDelta
+from afterglow.contracts import START, EngineStatus, ModelEnd, Position, RefusalDelta, TextDelta, ToolCallDelta
 from afterglow.errors import ModelBroke
 from afterglow.objects import INCLUDE_FILE_SEARCH_CONTENT
 from afterglow.runs.lifecycle import Happened
@@ -219,17 +219,16 @@ async def test_text_before_calls(server: Server) -> None:
 
 
 async def test_a_server_side_tool_that_is_off(server: Server) -> None:
-    """Code is not streamed for a tool that cannot run it: its step opens, fails and the next one follows."""
+    """The step shows code and reason, fails, and the next one follows."""
+    server.code.status = EngineStatus("off", reason="The kernel is too old.")
     server.model.will(calls(("python", {"code": "print(1)"})), says("I could not."))
     events = read_events(await run_stream(server, tools=[PYTHON]))
     assert names(events) == [*BEGIN, *CALLS, "run.step.failed", *ANSWER]
-    [delta] = only(events, "thread.run.step.delta")
-    [piece] = delta["delta"]["step_details"]["tool_calls"]
-    assert (piece["index"], piece["type"], piece["code_interpreter"]) == (
-        0,
-        "code_interpreter",
-        {"input": "", "outputs": []},
-    )
+    pieces = [delta["delta"]["step_details"]["tool_calls"][0] for delta in only(events, "thread.run.step.delta")]
+    assert {(piece["index"], piece["type"]) for piece in pieces} == {(0, "code_interpreter")}
+    assert pieces[0]["code_interpreter"] == {"input": "", "outputs": []}
+    assert "".join(piece["code_interpreter"].get("input", "") for piece in pieces) == "print(1)"
+    assert pieces[-1]["code_interpreter"]["outputs"] == [{"index": 0, "type": "logs", "logs": "The kernel is too old."}]
     [failed] = only(events, "thread.run.step.failed")
     assert failed["last_error"]["code"] == "server_error"
 

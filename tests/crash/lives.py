@@ -24,7 +24,7 @@ from afterglow.rows.events import list_segments
 from afterglow.runs.states import RUN_MOVES, TERMINAL
 from afterglow.settings import Settings, load
 from afterglow.store.sqlite import SqliteStore
-from afterglow.testing import Saying, ScriptedModels, SetClock
+from afterglow.testing import Saying, ScriptedEngine, ScriptedModels, SetClock
 
 PROJECT = "default"
 PATIENCE_S = 20
@@ -152,7 +152,7 @@ async def mortal(folder: Path, model: ScriptedModels, **settings: Any) -> AsyncG
 
     # Not `open_application`: that cannot be left without an orderly end.
     with patch.object(app, "SqliteStore", open_store):
-        application = await app._build(settings_of(folder, **settings), model, SetClock())
+        application = await app._build(settings_of(folder, **settings), model, SetClock(), ScriptedEngine())
     (store,) = stores
     await application.start()
     try:

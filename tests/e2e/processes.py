@@ -59,7 +59,7 @@ class Served:
 def environment(**more: str) -> dict[str, str]:
     """This process's, without what would configure a server or a client, and with `more`."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("AFTERGLOW_", "OPENAI_"))}
-    return {**own, **more}
+    return {**own, "AFTERGLOW_CODE_INTERPRETER": "off", **more}  # or each would start one in the background
 
 
 @asynccontextmanager

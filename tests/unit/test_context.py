@@ -13,6 +13,7 @@ from afterglow.objects import Json, LastError, Message, RunStep, TruncationStrat
 from afterglow.runs.context import (
     EARLIER_OUTPUT_CHARS,
     KEEP_SHARE,
+    STORED_IMAGE,
     TOKENS_PER_MESSAGE,
     Calibration,
     Cut,
@@ -353,13 +354,24 @@ def test_images_are_passed_to_models_that_see():
     assert chat_of(message(text("See"), picture)) == [{"type": "text", "text": "See"}, picture]
 
 
+def test_stored_images_are_passed_as_what_stands_for_them():
+    """A user's image file is sent as a URL that stands for its bytes, and counts as an image URL does."""
+    stored = {"type": "image_file", "image_file": {"file_id": "file-1", "detail": "low"}}
+    assert chat_of(message(stored)) == [image(STORED_IMAGE + "file-1")]
+    tokens = [
+        message_turn((1, 1), message(part), RUN, vision=True).tokens for part in (stored, image("https://a.test"))
+    ]  # type: ignore[union-attr]
+    assert tokens[0] == tokens[1]
+
+
 @pytest.mark.parametrize(
     ("stored", "vision", "said"),
     [
         (message(image("https://a.test/x.png")), False, "[image: https://a.test/x.png]"),
         (message(image("https://a.test/x.png"), role="assistant"), True, "[image: https://a.test/x.png]"),
         (message(image("data:image/png;base64," + "A" * 200)), False, "[image: inline data]"),
-        (message(IMAGE_FILE), True, "[image: file-1]"),
+        (message(IMAGE_FILE), False, "[image: file-1]"),
+        (message(IMAGE_FILE, role="assistant"), True, "[image: file-1]"),
         (message({"type": "refusal", "refusal": "No."}, role="assistant"), True, "No."),
     ],
 )
@@ -431,7 +443,7 @@ def test_calls_and_outputs_are_one_turn():
         {},
     ]
     assert [(said["role"], said["tool_call_id"]) for said in outputs] == [("tool", name) for name, _ in called]
-    assert [said["content"] for said in outputs] == ["one", "2\n[image]", '[{"file_id":"file-1"}]']
+    assert [said["content"] for said in outputs] == ["one", "2\n[image: file-1]", '[{"file_id":"file-1"}]']
 
 
 def test_a_call_without_output_is_not_shown():
@@ -448,10 +460,11 @@ def test_empty_arguments_and_outputs_are_made_sense_of():
     assert chat_of_calls(step(silent))[1]["content"] == "(no output)"
 
 
-@pytest.mark.parametrize("call", [code_call("half"), SEARCH_CALL])
-def test_a_tool_that_failed_says_why(call: Json):
-    """The step's error stands in for the output of a server-side tool."""
-    assert chat_of_calls(step(call, error="No disk."))[1]["content"] == "ERROR: No disk."
+def test_a_tool_that_failed_says_why():
+    """The step's error stands in for the results of a search, and for the output of code that shows none."""
+    silent: Json = {"id": "call_1", "type": "code_interpreter", "code_interpreter": {"input": "x=1", "outputs": []}}
+    for call in (SEARCH_CALL, silent):
+        assert chat_of_calls(step(call, error="No disk."))[1]["content"] == "ERROR: No disk."
 
 
 def test_outputs_of_earlier_runs_are_clipped():
@@ -459,7 +472,8 @@ def test_outputs_of_earlier_runs_are_clipped():
     output = "x" * (EARLIER_OUTPUT_CHARS + 5)
     assert chat_of_calls(step(function_call("call_1", output)))[1]["content"] == output
     clipped = chat_of_calls(step(function_call("call_1", output), run_id="run_before"))[1]["content"]
-    assert clipped == "x" * EARLIER_OUTPUT_CHARS + "\n[5 characters left out]"
+    assert clipped.count("x") == EARLIER_OUTPUT_CHARS
+    assert "\n[5 characters left out]\n" in clipped
     assert calls_turn((1, 1), step(function_call("call_1", output)), RUN, NAMES).tokens > estimate_tokens(output)
 
 
