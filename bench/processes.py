@@ -52,14 +52,16 @@ async def stub() -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def afterglow(program: Path, data: Path, stub_port: int) -> AsyncIterator[Server]:
+async def afterglow(program: Path, data: Path, stub_port: int, code_interpreter: str) -> AsyncIterator[Server]:
     """Run the server on a free port with settings as they come; what it logs goes to a file beside `data`.
+    code_interpreter: that setting; its engine would start in the background, under what is measured.
 
     Raises BenchFailure when it does not come up; to what fails while it is measured, the end of its log is added.
     """
     port = _free_port()
     log = data.with_suffix(".log")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("AFTERGLOW_")}
+    environ["AFTERGLOW_CODE_INTERPRETER"] = code_interpreter
     model_url = f"http://127.0.0.1:{stub_port}/v1"
     flags = ("--host", "127.0.0.1", "--port", str(port), "--data", str(data), "--model-url", model_url)
     with log.open("wb") as out:
@@ -151,6 +153,19 @@ def _rss_kb(pid: int) -> int:
 def _stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third, the state, on; the name before them may hold spaces."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def pss_kb(pid: int) -> int:
+    """Memory of all that the process has started, in KB; what several share is counted once."""
+    return sum(_pss_kb(child) for child in _descendants(pid))
+
+
+def _pss_kb(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
 
 def _descendants(pid: int) -> list[int]:

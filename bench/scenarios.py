@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from bench import sandbox
 from bench.client import CHUNK, DELTA, Answer, BenchFailure, Connection, Pace, expect, loop_for, percentile, together
 from bench.processes import Memory, Server, afterglow, cpu_s, has_proc, memory_of
 from bench.stub import model_name, text_of
@@ -42,6 +43,8 @@ OWED: dict[str, tuple[Sign, float]] = {
     "start to first 200, empty folder, p50": ("≤", 1.0),
     "start to first 200, used folder, p50": ("≤", 1.0),
     "memory at rest": ("≤", 90),
+    "sandbox: DataFrame, pool, p50": ("≤", 20),
+    "sandbox: DataFrame, on demand, p50": ("≤", 80),
 }
 STREAM_TOKENS = 160  # long enough that all are open together
 STARTS_PER_S = 200  # the rate of runs that is owed; a burst of 500 in one second is reported beside it
@@ -96,9 +99,9 @@ class Setup:
     folder: Path
     quick: bool
 
-    def server(self, name: str) -> AbstractAsyncContextManager[Server]:
+    def server(self, name: str, code_interpreter: str = "off") -> AbstractAsyncContextManager[Server]:
         """Start a server on the data folder of this name, made if it is not there."""
-        return afterglow(self.program, self.folder / name, self.stub_port)
+        return afterglow(self.program, self.folder / name, self.stub_port, code_interpreter)
 
     def pick(self, full: T, quick: T) -> T:
         return quick if self.quick else full
@@ -478,7 +481,7 @@ def _long_rows(name: str, took_ms: dict[str, dict[str, list[float]]]) -> Iterabl
 
 
 async def start(setup: Setup) -> Findings:
-    """Start to the first 200 on /healthz, on empty data folders and on a used one, and the memory two seconds later."""
+    """Start to the first 200 on /healthz, on empty data folders and on a used one, and the memory six seconds later."""
     times = setup.pick(5, 3)
     empty = [await _start_s(setup, f"start_{number}") for number in range(times)]
     await _use_folder(setup, "start_0")
@@ -489,8 +492,8 @@ async def start(setup: Setup) -> Findings:
     ]
     raw: dict[str, Any] = {"empty_s": empty, "used_s": used}
     if has_proc():
-        async with setup.server("start_rest") as server:
-            await asyncio.sleep(2)
+        async with setup.server("start_rest", "auto") as server:
+            await asyncio.sleep(6)  # the code interpreter's engine starts behind the first answers
             rest = memory_of(server.pid)
         total_mb = (rest.server_kb + rest.children_kb) / 1024
         rows.append(row("memory at rest", rest.server_kb / 1024, "MB", f"with children {total_mb:.1f} MB"))
@@ -499,7 +502,7 @@ async def start(setup: Setup) -> Findings:
 
 
 async def _start_s(setup: Setup, folder: str) -> float:
-    async with setup.server(folder) as server:
+    async with setup.server(folder, "auto") as server:
         return server.start_s
 
 
@@ -511,6 +514,40 @@ async def _use_folder(setup: Setup, folder: str) -> None:
         await _thread(clients[0], 5_000)
 
 
+# --- the code interpreter --------------------------------------------------------------------------------------
+
+
+async def code_interpreter(setup: Setup) -> Findings:
+    """Sessions, cells, files and memory of the native engine; a Jupyter kernel started cold beside it."""
+    _need_proc()
+    times = setup.pick(20, 5)
+    starts = await sandbox.engine_start(setup.pick(3, 1))
+    took = await sandbox.latencies(times)
+    alone_mb, table_mb, plot_mb = await sandbox.memory(setup.pick(20, 5))
+    put, got = await sandbox.file_throughput()
+    together_ms = await sandbox.crowd(setup.pick(sandbox.SESSIONS, 10))
+    cold = sandbox.cold_kernel(setup.folder / "kernel", setup.pick(5, 2))
+    beside = {what: f"Jupyter kernel, cold: {sandbox.middle(ms):,.0f} ms" for what, ms in (cold or {}).items()}
+    rows = [row("sandbox: engine start", sandbox.middle(starts) / 1000, "s", f"slowest {max(starts) / 1000:.1f} s")]
+    for what, ms in took.items():
+        spread = f"p95 {percentile(ms, 95):.1f} ms; " + beside.get(what.partition(",")[0], "no Jupyter kernel")
+        rows.append(row(f"sandbox: {what}, p50", sandbox.middle(ms), "ms", spread if "," in what else ""))
+    in_4_gb = (4096 - alone_mb) / plot_mb
+    rows += [
+        row("sandbox: memory per session, DataFrame", table_mb, "MB", f"PSS; engine alone {alone_mb:.0f} MB"),
+        row("sandbox: memory per session, plot", plot_mb, "MB", f"so {in_4_gb:.0f} sessions in 4 GB"),
+        row("sandbox: file in", put, "MB/s"),
+        row("sandbox: file out", got, "MB/s"),
+        row(
+            f"sandbox: {len(together_ms)} threads at once, DataFrame, p50",
+            sandbox.middle(together_ms),
+            "ms",
+            f"slowest {max(together_ms):,.0f} ms",
+        ),
+    ]
+    return Findings(rows, {"start_ms": starts, **took, "together_ms": together_ms, "jupyter": cold or {}})
+
+
 SCENARIOS: dict[str, Callable[[Setup], Awaitable[Findings]]] = {
     "start": start,
     "first_delta": first_delta,
@@ -519,4 +556,5 @@ SCENARIOS: dict[str, Callable[[Setup], Awaitable[Findings]]] = {
     "streams": streams,
     "memory": memory,
     "long_threads": long_threads,
+    "code_interpreter": code_interpreter,
 }
