@@ -17,12 +17,12 @@ def file_paths(text: str, files: Mapping[str, str]) -> list[Json]:
     name that is not there gets no annotation. Indices are code points, the end not included.
     """
     spellings = {spelling: file_id for name, file_id in files.items() for spelling in (quote(name), name)}
-    longest_first = sorted(spellings, key=len, reverse=True)
+    longest_first = sorted({len(spelling) for spelling in spellings}, reverse=True)
     found = []
     start = text.find(SANDBOX_PATH)
     while start >= 0:
         at = start + len(SANDBOX_PATH)
-        name = next((name for name in longest_first if text.startswith(name, at)), None)
+        name = next((name for length in longest_first if (name := text[at : at + length]) in spellings), None)
         if name is not None:
             found.append(_file_path(text[start : at + len(name)], start, spellings[name]))
         start = text.find(SANDBOX_PATH, at)

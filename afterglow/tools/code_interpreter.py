@@ -26,6 +26,7 @@ from afterglow.rows.runs import RunRow
 
 MAX_OUTPUT_FILES = 100  # of one call; more are named and not kept
 MAX_LISTED_FILES = 50
+KEPT_SESSIONS = 4  # as many times the disk of a session can be kept of what one thread's code writes
 ROOM_SHARE = 0.9  # of a session's disk that input files may fill
 NAME_BYTES = 200
 SUFFIX_BYTES = 50
@@ -36,12 +37,13 @@ ThreadKey = tuple[str, str]  # (project, thread id)
 
 @dataclass(slots=True)
 class _Open:
-    """A thread's session. known: size and mtime of each file when it was last looked at."""
+    """A thread's session. busy: a call is at work in it. known: size and mtime of each file when it was last looked
+    at."""
 
     session: CodeSession
     opened_at: float
     used_at: float
-    busy: bool = False
+    busy: bool = True
     known: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
@@ -68,6 +70,7 @@ class CodeInterpreter:
     def __init__(self, house: House) -> None:
         self._house = house
         self._open: dict[ThreadKey, _Open] = {}
+        self._kept_bytes: dict[ThreadKey, int] = {}  # of each thread, until its session ends by age or idleness
 
     async def place_files(self, row: RunRow) -> SandboxListing:
         """Give every file that the run's assistant, thread and request name a name below /mnt/data, for good."""
@@ -100,12 +103,13 @@ class CodeInterpreter:
         """
         key = row.project, row.run.thread_id
         opened = self._open.get(key)
-        if opened is None or not opened.session.alive:
+        fresh = opened is None or not opened.session.alive
+        if opened is None or fresh:
             opened = await self._open_session(key)
-            if seen:
-                yield RESTARTED
         opened.busy = True
         try:
+            if fresh and seen:
+                yield RESTARTED
             async for output in self._run(row, opened, files, code):
                 yield output
         finally:
@@ -159,6 +163,8 @@ class CodeInterpreter:
             except SandboxFull:
                 size = readable_size(file.size_bytes)
                 notes.append(f"[{file.name} ({size}) could not be put into /mnt/data: there is no room for it.]\n")
+            except ValueError:  # a name that an earlier version let through
+                notes.append(f"[{file.file_id} could not be put into /mnt/data: its name cannot be used there.]\n")
             except StoreError:
                 notes.append(f"[{file.name} could not be put into /mnt/data: it cannot be read.]\n")
         if missing:
@@ -176,8 +182,9 @@ class CodeInterpreter:
         listed = await opened.session.list_files()
         changed = [file for file in listed if opened.known.get(file.name) != (file.size_bytes, file.mtime_ns)]
         await self._forget_removed(row, opened, listed)
-        room = self._house.settings.sandbox_disk_mb * 2**20
-        limit = min(room, self._house.settings.max_file_mb * 2**20)
+        disk, key = self._house.settings.sandbox_disk_mb * 2**20, (row.project, row.run.thread_id)
+        room = min(disk, KEPT_SESSIONS * disk - self._kept_bytes.get(key, 0))
+        limit = self._house.settings.max_file_mb * 2**20
         dropped = []
         for number, file in enumerate(changed):
             opened.known[file.name] = (file.size_bytes, file.mtime_ns)
@@ -185,6 +192,7 @@ class CodeInterpreter:
                 dropped.append(f"{file.name} ({readable_size(file.size_bytes)})")
                 continue
             room -= file.size_bytes
+            self._kept_bytes[key] = self._kept_bytes.get(key, 0) + file.size_bytes
             await self._store(row, opened.session, file)
         return [_dropped_note(dropped)] if dropped else []
 
@@ -219,15 +227,24 @@ class CodeInterpreter:
         """End the sessions that are idle or old enough, dead, or whose thread is gone."""
         if not self._open:
             return
-        settings, now = self._house.settings, self._house.clock.now()
-        there = await self._house.store.read(self._living_threads)
-        for key, opened in list(self._open.items()):
-            old = now - opened.opened_at > settings.sandbox_ttl_s or now - opened.used_at > settings.sandbox_idle_s
-            if key not in there or (not opened.busy and (old or not opened.session.alive)):
+        seen = dict(self._open)  # others open and end sessions meanwhile
+
+        async def living(tx: Transaction) -> set[ThreadKey]:
+            return {key for key in seen if await thread_rows.get_thread_object(tx, *key) is not None}
+
+        there = await self._house.store.read(living)
+        for key, opened in seen.items():
+            if self._open.get(key) is not opened:
+                continue
+            over = key not in there or (not opened.busy and self._is_old(opened))
+            if over:
+                self._kept_bytes.pop(key, None)
+            if over or not (opened.busy or opened.session.alive):
                 await self._end(key)
 
-    async def _living_threads(self, tx: Transaction) -> set[ThreadKey]:
-        return {key for key in self._open if await thread_rows.get_thread_object(tx, *key) is not None}
+    def _is_old(self, opened: _Open) -> bool:
+        settings, now = self._house.settings, self._house.clock.now()
+        return now - opened.opened_at > settings.sandbox_ttl_s or now - opened.used_at > settings.sandbox_idle_s
 
     async def _end(self, key: ThreadKey) -> None:
         if opened := self._open.pop(key, None):
@@ -275,13 +292,19 @@ async def _given_files(tx: Transaction, row: RunRow) -> list[str]:
 
 def clean_name(filename: str) -> str:
     """A caller's file name as a name below /mnt/data: one component, printable, of bounded length."""
-    name = "".join("_" if char in "/\\" or unicodedata.category(char)[0] == "C" else char for char in filename).strip()
+    name = "".join("_" if char in "/\\" or _unprintable(char) else char for char in filename).strip()
     if not name.strip(". "):
         return ""
     suffix = PurePosixPath(name).suffix
     suffix = suffix if len(suffix.encode()) <= SUFFIX_BYTES else ""
     stem = name.removesuffix(suffix).encode()[: NAME_BYTES - len(suffix.encode())]
     return stem.decode("utf-8", "ignore") + suffix
+
+
+def _unprintable(char: str) -> bool:
+    """Control and format characters, halves of pairs, and what ends lines or paragraphs."""
+    category = unicodedata.category(char)
+    return category[0] == "C" or category in ("Zl", "Zp")
 
 
 def free_name(name: str, taken: set[str]) -> str:

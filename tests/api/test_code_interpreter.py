@@ -420,3 +420,37 @@ async def test_another_project_cannot_attach_or_read_the_files(start_server: Ser
         assert (await theirs.files.list()).data == []
         with pytest.raises(Exception, match="No such File object"):
             await theirs.files.content(file.id)
+
+
+async def test_the_sweep_leaves_what_was_opened_meanwhile(server: Server) -> None:
+    """A session that is opened while the sweep reads the threads is not taken for one without a thread."""
+    interpreter = server.application.worker._interpreter
+    read, opened = server.house.store.read, asyncio.Event()
+
+    async def slow_read(work: Any) -> Any:
+        found = await read(work)
+        if work.__name__ == "living":
+            await opened.wait()
+        return found
+
+    server.model.will(PRINTS, says("1."), PRINTS, says("2."))
+    await ask(server)
+    server.house.store.read = slow_read  # type: ignore[method-assign]
+    sweep = asyncio.create_task(interpreter.sweep())
+    await ask(server)
+    opened.set()
+    await sweep
+    assert [session.alive for session in server.code.sessions] == [True, True]
+
+
+async def test_a_thread_cannot_fill_the_disk(start_server: ServerFactory, tmp_path: Any) -> None:
+    """What one thread's code leaves behind is bounded over all its calls, also when it ends its session each time."""
+    async with start_server(tmp_path / "data", sandbox_disk_mb="1") as server:
+        server.model.will(*[PRINTS] * 7, says("Done."))
+        writes: list[Any] = [Write("zeros.bin", bytes(900_000)), CellEnd("ok")]
+        again: list[Any] = [CellEnd("lost", "it has ended")]
+        server.code.will(writes, again, writes, writes, writes, writes, writes)
+        await ask(server)
+        kept = (await server.client.files.list(purpose="assistants_output")).data
+        assert len(kept) == 4
+        assert "Not kept, because it is too much: zeros.bin" in tool_output(server)
