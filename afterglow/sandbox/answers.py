@@ -23,6 +23,7 @@ CELL_IMAGES = 20
 CELL_IMAGE_BYTES = 32 << 20
 ERROR_BYTES = 65_536  # an exception's text is kept, however much was printed before it
 LIST_FILES = 10_000
+LINE_CHARS = 200
 DOWNLOAD_BYTES = 1 << 20  # read ahead of whoever takes a file
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -86,6 +87,12 @@ class End(Answer):
 
 _header = msgspec.json.Decoder(Ready | Text | Image | Done | Ok | Fail | Bytes | Listed | End)
 _listed = msgspec.json.Decoder(list[tuple[str, Size, Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]]])
+
+
+def one_line(text: str) -> str:
+    """What strangers say, as it may be logged or shown: one printable line of at most 200 characters."""
+    line = " ".join(text.split())[:LINE_CHARS]
+    return "".join(char if char.isprintable() else "?" for char in line)
 
 
 def read_header(raw: bytes) -> tuple[Answer, int]:

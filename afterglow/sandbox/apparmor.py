@@ -26,6 +26,7 @@ profile afterglow-sandbox "{python}" flags=(unconfined) {{
   include if exists <local/afterglow-sandbox>
 }}
 """
+PARSERS = "/usr/sbin:/sbin:/usr/bin:/bin"  # before the caller's PATH, from which root should run nothing
 PLAIN_PATH = re.compile(r"[\w./ +-]+", re.ASCII)  # what means itself in a profile
 
 
@@ -56,7 +57,7 @@ def remove_profile(say: Say, root: Path = Path("/")) -> None:
 
 
 def _program(found: Packages) -> Path:
-    if not found.usable:
+    if found.state == "missing":  # one that belongs to the server's user is no fault: root only looks at it
         raise ConfigError(
             f"There is no environment in {found.path}. Make it with `afterglow sandbox setup`, as the server's user, or"
             " name its folder with --sandbox-env: under sudo the default may be another one."
@@ -96,7 +97,7 @@ def _need_root(file: Path) -> None:
 
 
 def _parse(what: str, file: Path) -> None:
-    parser = shutil.which("apparmor_parser") or shutil.which("apparmor_parser", path="/usr/sbin:/sbin")
+    parser = shutil.which("apparmor_parser", path=PARSERS) or shutil.which("apparmor_parser")
     if parser is None:
         raise ConfigError("apparmor_parser is not installed. Debian, Ubuntu: apt-get install apparmor.")
     ended = subprocess.run([parser, what, file], capture_output=True, text=True, errors="replace", check=False)  # noqa: S603

@@ -1,5 +1,6 @@
 """The attacks that every engine must withstand before it may run anything: tried on a session of its own at start.
 
+ATTACKS are for every engine; NATIVE ones for the wall of the native engine, which hides more than a container does.
 Each is a few lines of Python that return something only if the wall has a hole. What raises is stopped; what ends in
 any other way than `stopped` counts as a success of the attack's, for nobody knows then.
 """
@@ -7,13 +8,15 @@ any other way than `stopped` counts as a success of the attack's, for nobody kno
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import socket
 import sys
 import tempfile
 import textwrap
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import MappingProxyType
 from typing import NamedTuple
 
 from afterglow.contracts import CodeSession, Logs
@@ -137,6 +140,53 @@ ATTACKS = {
     """,
 }
 
+NATIVE = {
+    "see files of the server's": """
+        return any(os.path.lexists(path) for path in HIDDEN)
+    """,
+    "see folders of the machine's": """
+        there = [folder for folder in SHOWN if os.path.isdir(folder)]
+        return any(set(os.listdir(folder)) - set(SHOWN[folder].split()) for folder in there)
+    """,
+    "see variables that are not its own": """
+        return set(os.environ) - set(VARIABLES.split())
+    """,
+    "read of /proc what Landlock hides": """
+        return any(opens(f"/proc/self/{name}") is not None for name in ("stat", "status", "mountinfo", "environ"))
+    """,
+    "see more of /proc than processes": """
+        others = {name for name in os.listdir("/proc") if not name.isdigit()} - {"self", "thread-self"}
+        return others or any(os.path.lexists(f"/proc/{name}") for name in ("cmdline", "meminfo", "sys"))
+    """,
+    "look into its first process": """
+        return os.readlink("/proc/1/cwd")
+    """,
+    "use what is shown for more than reading": """
+        there = [folder for folder in SHOWN if os.path.isdir(folder)]
+        shown = [f"{folder}/{name}".replace("//", "/") for folder in there for name in os.listdir(folder)]
+        own = ("/proc", "/tmp", "/dev", "/mnt", "/home")
+        return any(os.statvfs(path).f_flag & 7 != 7 for path in shown if not path.startswith(own)) or any(
+            not os.statvfs(path).f_flag & 1 for path in ("/", "/dev", "/dev/null", "/mnt", "/home")) or any(
+            os.statvfs(path).f_flag & 6 != 6 for path in ("/mnt/data", "/tmp", "/dev/shm", "/proc", "/home/sandbox"))
+    """,
+}
+# What NATIVE ones are told that the session should see; on some machines there is less.
+SHOWN = {
+    "/": "bin dev etc home lib lib64 mnt opt proc tmp usr",
+    "/dev": "fd full null random shm stderr stdin stdout urandom zero",
+    "/etc": "alternatives fonts group hosts ld.so.cache localtime mime.types mtab nsswitch.conf passwd",
+    "/home": "sandbox",
+    "/mnt": "data",
+    "/opt": "afterglow cache packages python",
+    "/usr": "bin lib lib64 share",
+    "/usr/share": "fontconfig fonts i18n locale poppler terminfo tesseract-ocr zoneinfo",
+}
+VARIABLES = (
+    "PATH HOME LANG PYTHONPATH PYTHONDONTWRITEBYTECODE MPLBACKEND MPLCONFIGDIR OPENBLAS_NUM_THREADS OMP_NUM_THREADS"
+    " MALLOC_ARENA_MAX LD_LIBRARY_PATH"
+)
+NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts")
+
 
 class _Bait(NamedTuple):
     """What is put out for the attacks: the path of a secret, and addresses that somebody listens on."""
@@ -146,10 +196,18 @@ class _Bait(NamedTuple):
     abstract: str
 
 
-async def probe(session: CodeSession, processes: int = 256, disk_mb: int = 4096) -> list[str]:
+async def probe(
+    session: CodeSession,
+    processes: int = 256,
+    disk_mb: int = 4096,
+    *,
+    more: Mapping[str, str] = MappingProxyType({}),
+    hidden: Iterable[str] = (),
+) -> list[str]:
     """Try all attacks, and return those that succeeded. The session is of no use afterwards.
 
     processes, disk_mb: what the session may have at most; where nobody says, at least some bound is wanted.
+    more: NATIVE, for that engine. hidden: paths of the host that must not be there, for the first of those.
     """
     async with _bait() as bait:
         names = {
@@ -158,11 +216,29 @@ async def probe(session: CodeSession, processes: int = 256, disk_mb: int = 4096)
             "ABSTRACT": bait.abstract,
             "PROCESSES": processes,
             "DISK_BYTES": disk_mb << 20,
+            "HIDDEN": [bait.planted, *hidden],
+            "SHOWN": SHOWN,
+            "VARIABLES": VARIABLES,
         }
         known = "".join(f"{name} = {value!r}\n" for name, value in names.items())
         if not await _stops(session, f'{BEGIN}{known}print("{STOPPED}")'):
             return ["run at all"]
-        return [name for name, body in ATTACKS.items() if not await _stops(session, _cell(body))]
+        tried = {**more, **ATTACKS}
+        return [name for name, body in tried.items() if not await _stops(session, _cell(body))]
+
+
+async def shared_namespaces(one: CodeSession, other: CodeSession) -> list[str]:
+    """Which namespaces two sessions share with each other or with us; words, if one does not tell."""
+    ours = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
+    code = f"import os\nfor name in {NAMESPACES}: print(name, os.readlink(f'/proc/self/ns/{{name}}'))"
+    found = [dict(line.split(" ", 1) for line in (await _said(session, code)).splitlines()) for session in (one, other)]
+    if any(set(told) != set(NAMESPACES) for told in found):
+        return ["what its namespaces are is not told"]
+    return [
+        f"sessions share a namespace: {name}"
+        for name in NAMESPACES
+        if len({ours[name], found[0][name], found[1][name]}) < 3
+    ]
 
 
 def _cell(body: str) -> str:
@@ -170,8 +246,12 @@ def _cell(body: str) -> str:
 
 
 async def _stops(session: CodeSession, code: str) -> bool:
+    return await _said(session, code) == STOPPED
+
+
+async def _said(session: CodeSession, code: str) -> str:
     said = [part.text async for part in session.run(code, EACH_S) if isinstance(part, Logs)]
-    return "".join(said).strip() == STOPPED
+    return "".join(said).strip()
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ process is in, so no limit set on the server is left behind.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ PROC = Path("/proc")
 CPU_PERIOD_US = 100_000
 LEAF = "afterglow-server"  # where a process moves to that must leave its group, so that the group may have children
 MOST_ENGINES = 100  # of one process, as tests have
+SWAP, CPU = "swap", "cpu"
 AGENT_TASKS = 4  # of ours in each session, beside the processes its user may have
 
 
@@ -34,12 +36,13 @@ class Limits:
 
 
 class _File(NamedTuple):
-    """One control file. needed: without it there is no limit worth the name."""
+    """One control file. needed: without it there is no limit worth the name. bounds: what else it is that it bounds."""
 
     controller: str
     name: str
     value: Callable[[Limits], str]
     needed: bool
+    bounds: str = ""
 
 
 def _cpu_quota(limits: Limits) -> int:
@@ -48,17 +51,17 @@ def _cpu_quota(limits: Limits) -> int:
 
 V2 = (
     _File("memory", "memory.max", lambda limits: str(limits.memory_bytes), True),
-    _File("memory", "memory.swap.max", lambda limits: "0", False),
+    _File("memory", "memory.swap.max", lambda limits: "0", False, SWAP),
     _File("memory", "memory.oom.group", lambda limits: "1", True),
     _File("pids", "pids.max", lambda limits: str(limits.processes + AGENT_TASKS), True),
-    _File("cpu", "cpu.max", lambda limits: f"{_cpu_quota(limits)} {CPU_PERIOD_US}", False),
+    _File("cpu", "cpu.max", lambda limits: f"{_cpu_quota(limits)} {CPU_PERIOD_US}", False, CPU),
 )
 V1 = (
     _File("memory", "memory.limit_in_bytes", lambda limits: str(limits.memory_bytes), True),
-    _File("memory", "memory.memsw.limit_in_bytes", lambda limits: str(limits.memory_bytes), False),
+    _File("memory", "memory.memsw.limit_in_bytes", lambda limits: str(limits.memory_bytes), False, SWAP),
     _File("pids", "pids.max", lambda limits: str(limits.processes + AGENT_TASKS), True),
     _File("cpu", "cpu.cfs_period_us", lambda limits: str(CPU_PERIOD_US), False),
-    _File("cpu", "cpu.cfs_quota_us", lambda limits: str(_cpu_quota(limits)), False),
+    _File("cpu", "cpu.cfs_quota_us", lambda limits: str(_cpu_quota(limits)), False, CPU),
 )
 OOM_COUNTERS = ("memory.events", "memory.oom_control")  # of v2, of v1
 
@@ -78,6 +81,21 @@ class Group:
         """Move a process in; what it forks from now on is in it, too. Takes the kernel 10-30 ms now and then."""
         for folder in self._folders:
             (folder / "cgroup.procs").write_text(str(pid))
+
+    def holds(self, pids: Iterable[int]) -> bool:
+        """Whether these processes are in it."""
+        wanted = {str(pid) for pid in pids}
+        return all(wanted <= set(_read(folder / "cgroup.procs").split()) for folder in self._folders)
+
+    def cpu_s(self) -> float:
+        """Processor time of all that ever ran in it; 0 where nothing counts it."""
+        for folder in self._folders:
+            counted = _read(folder / "cpu.stat").split()  # of v2
+            if "usage_usec" in counted:
+                return int(counted[counted.index("usage_usec") + 1]) / 1e6
+            if usage := _read(folder / "cpuacct.usage"):
+                return int(usage) / 1e9
+        return 0.0
 
     def ran_out_of_memory(self) -> bool:
         """Whether the kernel killed something in it for want of memory."""
@@ -105,7 +123,10 @@ class Group:
 
 
 class Groups:
-    """Makes groups in `folders`, one folder for each controller (under v2 the same for all)."""
+    """Makes groups in `folders`, one folder for each controller (under v2 the same for all).
+
+    bounded: what the last group that was made bounds beside memory and processes.
+    """
 
     def __init__(self, files: tuple[_File, ...], folders: Mapping[str, Path], limits: Limits) -> None:
         self._files = files
@@ -114,29 +135,46 @@ class Groups:
         self._made = 0
         self._left_over: list[Group] = []
         self._closed = False
-
-    @property
-    def bounds_cpu(self) -> bool:
-        return "cpu" in self._folders
+        self.bounded: set[str] = set()
 
     def make(self) -> Group:
-        """A new group with its limits set. Raises OSError."""
+        """A new group with its limits set, and read back. Raises OSError."""
         self._left_over = [group for group in self._left_over if not group.remove()]
         self._made += 1
         mine = {controller: folder / f"s{self._made}" for controller, folder in self._folders.items()}
         folders = list(dict.fromkeys(mine.values()))
         group = Group(folders)
         try:
-            for folder in folders:
-                folder.mkdir()
-            for file in self._files:
-                if file.controller in mine:
-                    _write(mine[file.controller] / file.name, file.value(self._limits), file.needed)
+            self._make_folders(folders)
+            there = [file for file in self._files if file.controller in mine]
+            self.bounded = {file.bounds for file in there if self._set(mine[file.controller] / file.name, file)}
             group.set_alarm()
         except OSError:
             group.remove()
             raise
         return group
+
+    def _make_folders(self, folders: list[Path]) -> None:
+        if not all(folder.parent.is_dir() for folder in folders):  # somebody has tidied up
+            for folder in dict.fromkeys(self._folders.values()):
+                folder.mkdir(exist_ok=True)
+                if self._files is V2:
+                    _enable(folder, self._folders)
+        for folder in folders:
+            folder.mkdir()
+
+    def _set(self, path: Path, file: _File) -> bool:
+        """Whether the limit is set now. Raises OSError when one that is needed is not."""
+        value = file.value(self._limits)
+        try:
+            path.write_text(value)
+        except OSError:
+            if file.needed:
+                raise
+        is_set = _read(path).strip() == value
+        if file.needed and not is_set:
+            raise OSError(errno.EINVAL, f"{file.name} of a cgroup cannot be set")
+        return is_set
 
     def release(self, group: Group) -> None:
         """Remove a group; one that the kernel still holds is tried again later."""
@@ -231,20 +269,21 @@ def _enable(folder: Path, controllers: Iterable[str]) -> None:
 
 
 def _as_root(limits: Limits, proc: Path) -> Groups | None:
-    """v1: memory and pids are needed, cpu is welcome."""
+    """v1: memory and pids are needed, the others are welcome."""
     if os.geteuid() != 0:
         return None
     folders: dict[str, Path] = {}
-    for controller in ("memory", "pids", "cpu"):
+    made: dict[Path, Path] = {}
+    for controller in ("memory", "pids", "cpu", "cpuacct"):  # the last two are often one
         home = _own_folder("self", controller, proc)
         try:
             if home is not None:
-                folders[controller] = _fresh_folder(home, proc)
+                made[home] = folders[controller] = made.get(home) or _fresh_folder(home, proc)
         except OSError:
             continue
     if {"memory", "pids"} <= set(folders):
         return Groups(V1, folders, limits)
-    for folder in folders.values():
+    for folder in made.values():
         _remove_folder(folder)
     return None
 
@@ -308,11 +347,3 @@ def _read(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
-
-
-def _write(path: Path, value: str, needed: bool) -> None:
-    try:
-        path.write_text(value)
-    except OSError:
-        if needed:
-            raise

@@ -41,6 +41,8 @@ class FirstOf:
         self.start()
         assert self._choosing is not None
         await asyncio.wait([self._choosing])  # not awaited itself: it may be cancelled by `close`, the caller is not
+        if not self._choosing.cancelled():
+            self._choosing.result()  # a fault of ours is raised, not taken for "starting"
         return self.status
 
     async def open(self) -> CodeSession:

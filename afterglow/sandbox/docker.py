@@ -106,7 +106,7 @@ class DockerEngine:
         configured = [settings.docker_host] if settings.docker_host else usual_sockets()
         self._sockets = configured if sockets is None else sockets
         self._probe = probe
-        self._owner = Owner(socket.gethostname(), os.getpid(), secrets.token_hex(4))
+        self._owner = Owner(this_host(), os.getpid(), secrets.token_hex(4))
         self._status = EngineStatus("starting", "docker")
         self._docker: Docker | None = None
         self._body: Mapping[str, Any] = {}
@@ -131,6 +131,8 @@ class DockerEngine:
         self.start()
         if self._starting is not None:
             await asyncio.wait([self._starting])
+            if not self._starting.cancelled():
+                self._starting.result()  # a fault of ours is raised, not taken for "starting"
         return self._status
 
     async def open(self) -> CodeSession:
@@ -283,8 +285,6 @@ class DockerEngine:
             )
             undo.push_async_callback(container.session.close)
             await docker.start(container.name)
-            if not container.session.alive:
-                raise SessionLost("The session is over: it has ended at once.")
             await container.session.start(
                 self._settings.sandbox_memory_mb * MB, self._settings.sandbox_processes, START_S
             )
@@ -364,7 +364,8 @@ class DockerEngine:
 
 
 class Owner(NamedTuple):
-    """The server that a container belongs to; as a label, the three with slashes between them."""
+    """The server that a container belongs to; as a label, the three with slashes between them. host: where `pid` is no
+    other's, as `this_host` has it."""
 
     host: str
     pid: int
@@ -375,7 +376,7 @@ class Owner(NamedTuple):
         return f"{self.host}/{self.pid}/{self.run}"
 
     def outlived(self, label: str) -> bool:
-        """Whether the server that wrote `label` was on this machine, and is dead. One with our pid was before us."""
+        """Whether the server that wrote `label` was on this host, and is dead. One with our pid was before us."""
         host, pid, run = [*label.split("/"), "", ""][:3]
         if host != self.host or not pid.isdecimal():
             return False
@@ -388,6 +389,19 @@ class Owner(NamedTuple):
         except (PermissionError, OverflowError):
             return False
         return False
+
+
+def this_host() -> str:
+    """Names what a process id is one process's in: this machine since its start, and of that our pid namespace.
+
+    Servers in two containers may have the same host name and the same pid, and may speak to the same Docker.
+    """
+    name = socket.gethostname()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+        return f"{name}:{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # no Linux, and no such namespaces
+        return name
 
 
 def usual_sockets() -> list[str]:
@@ -420,33 +434,7 @@ def build_context() -> bytes:
 
 
 def container_body(settings: Settings, image: str, info: Info, owner: Owner) -> dict[str, Any]:
-    """The body of POST /containers/create: everything that makes the wall, on one page."""
-    memory = settings.sandbox_memory_mb * MB
-    tasks = settings.sandbox_processes + AGENT_TASKS
-    limits: dict[str, Any] = {
-        "Memory": memory,
-        "MemorySwap": memory,  # together with it: no swap
-        "PidsLimit": tasks,
-        "OomScoreAdj": 1000,
-        "Ulimits": [
-            _ulimit("core", 1),  # 0 would not keep the machine's crash handler from being started
-            _ulimit("fsize", settings.sandbox_disk_mb * MB),
-            _ulimit("memlock", 0),
-            _ulimit("msgqueue", 0),
-            _ulimit("nofile", wall.OPEN_FILES),
-            _ulimit("nproc", settings.sandbox_sessions * tasks * 4),  # of all containers: they share a user
-        ],
-        "Tmpfs": {
-            wall.WORK: _tmpfs(settings.sandbox_disk_mb, wall.INODES, "exec,mode=0755"),
-            "/tmp": _tmpfs(TMP_MB, 8192, "exec,mode=1777"),  # noqa: S108
-            "/dev/shm": _tmpfs(TMP_MB, 1024, "noexec,mode=1777"),  # noqa: S108
-            wall.HOME: _tmpfs(wall.HOME_BYTES // MB, 4096, "exec,mode=0755"),
-        },
-    }
-    if info.limits_cpus:  # Docker refuses to try where it cannot, and to give more than there are
-        limits["NanoCpus"] = int(min(settings.sandbox_cpus, info.cpus) * 1e9)
-    if GVISOR in info.runtimes:
-        limits["Runtime"] = GVISOR
+    """The body of POST /containers/create; with the two functions below, everything that makes the wall."""
     return {
         "Image": image,
         "Entrypoint": COMMAND,
@@ -471,11 +459,45 @@ def container_body(settings: Settings, image: str, info: Info, owner: Owner) -> 
             "CapDrop": ["ALL"],
             "SecurityOpt": ["no-new-privileges"],
             "Binds": [],
+            "Tmpfs": _folders(settings),
             "Init": False,
             "AutoRemove": True,
             "LogConfig": {"Type": "none"},  # or all that is said would be written to the machine's disk
-            **limits,
+            **_limits(settings, info),
+            **({"Runtime": GVISOR} if GVISOR in info.runtimes else {}),
         },
+    }
+
+
+def _limits(settings: Settings, info: Info) -> dict[str, Any]:
+    memory = settings.sandbox_memory_mb * MB
+    tasks = settings.sandbox_processes + AGENT_TASKS
+    limits: dict[str, Any] = {
+        "Memory": memory,
+        "MemorySwap": memory,  # together with it: no swap
+        "PidsLimit": tasks,
+        "OomScoreAdj": 1000,
+        "Ulimits": [
+            _ulimit("core", 1),  # 0 would not keep the machine's crash handler from being started
+            _ulimit("fsize", settings.sandbox_disk_mb * MB),
+            _ulimit("memlock", 0),
+            _ulimit("msgqueue", 0),
+            _ulimit("nofile", wall.OPEN_FILES),
+            _ulimit("nproc", settings.sandbox_sessions * tasks * 4),  # of all containers: they share a user
+        ],
+    }
+    if info.limits_cpus:  # Docker refuses to try where it cannot, and to give more than there are
+        limits["NanoCpus"] = int(min(settings.sandbox_cpus, info.cpus) * 1e9)
+    return limits
+
+
+def _folders(settings: Settings) -> dict[str, str]:
+    """Where it may write, all of it in memory."""
+    return {
+        wall.WORK: _tmpfs(settings.sandbox_disk_mb, wall.INODES, "exec,mode=0755"),
+        "/tmp": _tmpfs(TMP_MB, 8192, "exec,mode=1777"),  # noqa: S108
+        "/dev/shm": _tmpfs(TMP_MB, 1024, "noexec,mode=1777"),  # noqa: S108
+        wall.HOME: _tmpfs(wall.HOME_BYTES // MB, 4096, "exec,mode=0755"),
     }
 
 

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import httpx2
 import msgspec
 
+from afterglow.sandbox.answers import one_line
+
 T = TypeVar("T")
 
 OLDEST = (1, 41)  # Docker 20.10
@@ -222,7 +224,7 @@ def _refusal(response: httpx2.Response) -> DockerFault:
         message = msgspec.json.decode(response.content, type=Complaint).message
     except (msgspec.DecodeError, UnicodeDecodeError):
         message = ""
-    return DockerFault(f"Docker says: {_short(message or f'HTTP {response.status_code}')}", response.status_code)
+    return DockerFault(f"Docker says: {one_line(message or f'HTTP {response.status_code}')}", response.status_code)
 
 
 def _hear(line: str, said: deque[str]) -> None:
@@ -232,15 +234,9 @@ def _hear(line: str, said: deque[str]) -> None:
     except (msgspec.DecodeError, UnicodeEncodeError):
         return
     if heard.error:
-        raise DockerFault(" / ".join([*said, _short(heard.error)]))
+        raise DockerFault(" / ".join([*said, one_line(heard.error)]))
     if heard.stream.strip():
-        said.append(_short(heard.stream))
-
-
-def _short(text: str) -> str:
-    """One printable line of at most 200 characters."""
-    line = " ".join(text.split())[:200]
-    return "".join(char if char.isprintable() else "?" for char in line)
+        said.append(one_line(heard.stream))
 
 
 class ContainerStream(asyncio.StreamReaderProtocol):

@@ -6,13 +6,14 @@ What sessions are made of it, and when it is replaced, is decided in `local.py`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
 import signal
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 from afterglow.errors import SandboxBusy, SandboxOff
@@ -27,6 +28,7 @@ TELL_AGAIN_S = 0.02
 SAID_BYTES = 4096
 LOOK_AT_LOG = "The server's log says more."
 RESTARTING = "the fork server is being started again"
+ENDED = "The interpreter's fork server was ended as it started."
 
 
 class CannotStart(SandboxOff):
@@ -93,7 +95,7 @@ class ForkServer:
     on_report: told what the guard did: pid of a session's init, one of the guard's reasons, and how much of it.
     on_end: called once, when it has ended, unless it was closed; no session of it is left, or will be in a moment.
     usable: it takes requests. forks: how many it has taken. shut_out: why the last session that failed could not be
-    walled in.
+    walled in. Raises OSError when there are no descriptors left for it.
     """
 
     def __init__(self, on_report: Callable[[int, int, int], None], on_end: Callable[[], None]) -> None:
@@ -102,9 +104,16 @@ class ForkServer:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._untold: dict[int, bool] = {}
+        self._telling: asyncio.TimerHandle | None = None
         self._asked: dict[int, asyncio.Future[Forked]] = {}
-        self._control, self._their_control = _pair()
-        self._orders, self._their_orders = _pair()
+        with ExitStack() as undo:
+            self._control, self._their_control = map(undo.enter_context, _pair())
+            self._orders, self._their_orders = map(undo.enter_context, _pair())
+            # For what breaks unforeseen: kept to the end, for the guard's last words.
+            said, tells = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._said, self._tells = os.fdopen(said, "rb", 0), os.fdopen(tells, "wb", 0)
+            undo.pop_all()
+        self._heard_at = self._loop.time()
         self._launcher: Watched | None = None
         self.pid = 0
         self.forks = 0
@@ -116,39 +125,39 @@ class ForkServer:
 
         command: what runs the launcher; config: what the launcher reads; sessions: how many there may be at once.
         """
-        said, tells = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             self._control.send(json.dumps(config).encode())
             self._control.send(warm.CONFIG.pack(sessions))
-            self._spawn(command, tells)
+            self._spawn(command)
             async with asyncio.timeout(START_S):
                 await self._ready
         except (OSError, TimeoutError) as error:
-            await self.close()
             what = "took too long to start" if isinstance(error, TimeoutError) else f"cannot be started: {error}"
-            raise CannotStart(f"The interpreter's fork server {what}.", LOOK_AT_LOG, _read_all(said)) from None
-        except CannotStart as error:
+            refused = CannotStart(f"The interpreter's fork server {what}.", LOOK_AT_LOG, self._words())
             await self.close()
-            error.detail = _read_all(said)
+            raise refused from None
+        except CannotStart as error:
+            error.detail = error.detail or self._words()
+            await self.close()
             raise
         except asyncio.CancelledError:
             await self.close()
             raise
-        else:
-            self.usable = True
-            if complaint := _read_all(said):
-                log.info("code interpreter: as the fork server started: %s", complaint)
-        finally:
-            os.close(said)
-            os.close(tells)
+        self.usable = True
+        self._heard_at = self._loop.time()
+        if complaint := self._words():
+            log.info("code interpreter: as the fork server started: %s", complaint)
 
-    def _spawn(self, command: list[str], tells: int) -> None:
-        """Start the launcher: nothing of ours goes along but two sockets and a pipe for what breaks early."""
-        duplicates = [(tells, 2), (self._their_control.fileno(), 3), (self._their_orders.fileno(), 4)]
-        moved = [(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ABOVE_FIXED_FD), number) for fd, number in duplicates]
+    def _spawn(self, command: list[str]) -> None:
+        """Start the launcher: nothing of ours goes along but two sockets and a pipe."""
+        theirs = ((self._tells, 2), (self._their_control, 3), (self._their_orders, 4))
         actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, number, "/dev/null", os.O_RDWR, 0) for number in (0, 1)]
-        actions += [(os.POSIX_SPAWN_DUP2, fd, number) for fd, number in moved]
-        try:
+        with ExitStack() as closing:
+            for end, number in theirs:
+                closing.enter_context(end)
+                moved = fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, ABOVE_FIXED_FD)
+                closing.callback(os.close, moved)
+                actions.append((os.POSIX_SPAWN_DUP2, moved, number))
             self.pid = os.posix_spawn(
                 command[0],
                 command,
@@ -158,12 +167,12 @@ class ForkServer:
                 setsigmask=(),
                 setsigdef=(signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
             )
-        finally:
-            for fd, _number in moved:
-                os.close(fd)
-            self._their_control.close()
-            self._their_orders.close()
-        self._launcher = Watched(os.pidfd_open(self.pid), self._ended)
+        try:
+            self._launcher = Watched(os.pidfd_open(self.pid), self._ended)
+        except OSError:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            raise
         self._loop.add_reader(self._control, self._hear)
         self._loop.add_reader(self._orders, self.hear_guard)
 
@@ -189,14 +198,28 @@ class ForkServer:
         self._untold[pid] = busy
         self._tell()
 
+    @property
+    def silent_s(self) -> float:
+        """For how long the guard has given no sign of life."""
+        self.hear_guard()
+        return self._loop.time() - self._heard_at
+
+    def kill(self) -> None:
+        """End it by force, and all its sessions; `on_end` is told."""
+        if self._launcher is not None:
+            self._launcher.kill()
+
     def _tell(self) -> None:
         """What the guard has no room for now is told a moment later: it would take a cell for idle work."""
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
         try:
             for pid, busy in list(self._untold.items()):
                 self._orders.send(guard.ORDER.pack(pid, busy))
                 del self._untold[pid]
         except BlockingIOError:
-            self._loop.call_later(TELL_AGAIN_S, self._tell)
+            self._telling = self._loop.call_later(TELL_AGAIN_S, self._tell)
         except OSError:  # it has ended
             self._untold.clear()
 
@@ -234,14 +257,15 @@ class ForkServer:
             log.error("code interpreter: a session could not be walled in: %s", self.shut_out)
             return
         answer = self._asked.pop(number, None)
-        if what == warm.FORKED and answer is not None and not answer.done():
-            answer.set_result(Forked(pid, *fds))
+        if what == warm.FORKED and fds and answer is not None and not answer.done():
+            answer.set_result(Forked(pid, fds[0]))
             return
         for fd in fds:  # nobody waits for it any more
             signal.pidfd_send_signal(fd, signal.SIGKILL)
             os.close(fd)
-        if what == warm.BUSY and answer is not None and not answer.done():
-            answer.set_exception(SandboxBusy(os.strerror(error)))
+        if answer is not None and not answer.done():
+            # Without its descriptor: we had no room for it. The session ends with its connection.
+            answer.set_exception(SandboxBusy(os.strerror(errno.EMFILE if what == warm.FORKED else error)))
 
     def hear_guard(self) -> None:
         """Take what the guard has reported, up to now."""
@@ -255,7 +279,10 @@ class ForkServer:
             if not report:
                 self._loop.remove_reader(self._orders)
                 return
-            self._on_report(*guard.REPORT.unpack(report))
+            self._heard_at = self._loop.time()
+            pid, why, amount = guard.REPORT.unpack(report)
+            if why != guard.ALIVE:
+                self._on_report(pid, why, amount)
 
     def _ended(self) -> None:
         """The launcher has ended, and before it, if all went well, the guard with its namespace."""
@@ -265,12 +292,16 @@ class ForkServer:
         if not self._ready.done():
             code = os.waitstatus_to_exitcode(status)
             self._ready.set_exception(
-                CannotStart(f"The interpreter's fork server ended as it started (status {code}).", LOOK_AT_LOG)
+                CannotStart(
+                    f"The interpreter's fork server ended as it started (status {code}).", LOOK_AT_LOG, self._words()
+                )
             )
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(SandboxBusy(RESTARTING))
         self._asked.clear()
+        if was_usable and (words := self._words()):
+            log.warning("code interpreter: fork server %d said at its end: %s", self.pid, words)
         self._hang_up()
         if was_usable:
             self._on_end()
@@ -281,14 +312,21 @@ class ForkServer:
             if ours.fileno() >= 0:
                 self._loop.remove_reader(ours)
                 ours.close()
+        self._said.close()
+        if self._telling is not None:
+            self._telling.cancel()
 
     async def close(self) -> None:
         """End it, and all sessions of it. Returns when the launcher has ended."""
         self._on_end = lambda: None
         self.usable = False
-        self._ready.cancel()
+        if not self._ready.done():  # and whoever waits for it is not cancelled
+            self._ready.set_exception(CannotStart(ENDED, LOOK_AT_LOG))
+            self._ready.exception()  # if nobody does, nobody need hear it
         self._hang_up()
         if self._launcher is None:
+            for theirs in (self._their_control, self._their_orders, self._tells):
+                theirs.close()
             return
         try:
             async with asyncio.timeout(END_S):
@@ -297,15 +335,13 @@ class ForkServer:
             self._launcher.kill()
             await self._launcher.gone()
 
+    def _words(self) -> str:
+        """What it has said on its standard error, up to now."""
+        said = None if self._said.closed else self._said.read(SAID_BYTES)
+        return (said or b"").decode(errors="replace").strip()
+
 
 def _pair() -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     return ours, theirs
-
-
-def _read_all(pipe: int) -> str:
-    try:
-        return os.read(pipe, SAID_BYTES).decode(errors="replace").strip()
-    except BlockingIOError:
-        return ""

@@ -6,17 +6,24 @@ user of its own, with no capabilities, a few writable folders in memory, and a s
 descriptor of each session's first process; ending that process ends the session, whatever runs in it.
 
 What the wall holds: files of the host and of other sessions, the network, other processes, the kernel's rarer calls. It
-is a shared kernel: a fault in the calls that remain is not covered, nor are side channels of processor and caches.
+is a shared kernel: a fault in the calls that remain is not covered, nor are side channels of processor and caches. A
+session can tell how busy the machine is (sysinfo, and the sizes of file systems by statvfs), and whether somebody else
+has locked a file that all can read; it can lock none itself.
 
 What the limits hold: a cgroup for each session bounds memory, processes and processors exactly. Where none can be had
 the guard looks five times a second and may be outrun for a moment; then few sessions are opened, and `status` says so.
+It knows of processes, files in memory and sockets; tables of pages it does not count. An ordinary user's sessions are
+all that one user to the kernel: quotas that it keeps by user (pipes, descriptors on their way through a socket) are
+shared, and one session may use them up for the others.
 Nothing that a session says decides about its end: times, sizes and ends are kept from outside, by us and by the guard.
 
 Crashes. When the fork server, the guard or the launcher dies, the kernel ends all sessions of it; they are reported
-lost, and a new one is started. When we die, the sockets close and all of them end. A fork server is replaced by age,
-for its forks share one address layout and one hash seed; sessions of the old one run to their end.
+lost, and a new one is started. When we die, the sockets close and all of them end. A guard that gives no sign of life
+is ended. A fork server is replaced by age, for its forks share one address layout and one hash seed; sessions of the
+old one run to their end. While it works, a failure to replace it changes nothing.
 
-Nothing runs before the attacks of `attacks.py`, tried on a session of its own, have all failed.
+Nothing runs before a first session was looked at from outside (`outside.py`), and the attacks of `attacks.py` from
+within have all failed.
 """
 
 from __future__ import annotations
@@ -35,7 +42,7 @@ from typing import Any
 
 from afterglow.contracts import CellEnd, EngineStatus
 from afterglow.errors import SandboxBusy, SandboxError, SandboxOff, SessionLost
-from afterglow.sandbox import attacks, cgroups, packages
+from afterglow.sandbox import attacks, cgroups, outside, packages
 from afterglow.sandbox.forkserver import LOOK_AT_LOG, CannotStart, ForkServer, Watched
 from afterglow.sandbox.guest import guard, launch, wall
 from afterglow.sandbox.session import Session
@@ -52,6 +59,9 @@ TMP_MB = 64  # of /tmp and the like, each
 ROOM_MB = 64  # to be had above the floor before a session is made
 GENERATION_S = 3600.0
 GENERATION_FORKS = 500
+MOST_GENERATIONS = 3  # that have sessions: each holds a hundred megabytes
+RENEW_AGAIN_S = 60.0  # after a failure, while the old one works
+SILENCE_S = 10.0  # of a guard; then its sessions are watched by nobody
 UNUSED_S = 900.0  # then the fork server is ended, until the next `open`
 SWEEP_S = 5.0
 FAILURES = 5  # within FAILURES_S; then the engine is off
@@ -77,6 +87,7 @@ class Generation:
         self.groups: cgroups.Groups | None = None
         self.born_at = time.monotonic()
         self.living: dict[int, Life] = {}
+        self.renew_at = 0.0
 
     @property
     def is_old(self) -> bool:
@@ -102,14 +113,15 @@ class Life:
         self._pid = 0
         self._process: Watched | None = None
         self._group: cgroups.Group | None = None
+        self._idle_from_s: float | None = None  # its processor time when its last cell ended; None while one runs
         self.session = Session(
             reader,
             writer,
             kill=self.kill,
             gone=self.gone,
             output_kb=engine.settings.cell_output_kb,
-            on_busy=lambda: generation.server.tell(self._pid, True),
-            on_idle=lambda: generation.server.tell(self._pid, False),
+            on_busy=lambda: self._is_busy(True),
+            on_idle=lambda: self._is_busy(False),
         )
 
     def kill(self) -> None:
@@ -136,6 +148,34 @@ class Life:
             await asyncio.to_thread(self._group.add, self._process.host_pid())
         # No limit of the agent's on memory: the wall has set one, above what a session is born with.
         await self.session.start(0, settings.sandbox_processes, HELLO_S)
+
+    def _is_busy(self, busy: bool) -> None:
+        self.generation.server.tell(self._pid, busy)
+        self._idle_from_s = None if busy or self._group is None else self._group.cpu_s()
+
+    def end_if_burning(self) -> None:
+        """End it when it computes between cells. The guard, which looks at processes, may miss short ones."""
+        if self._group is not None and self._idle_from_s is not None:
+            burnt_s = self._group.cpu_s() - self._idle_from_s
+            if burnt_s > guard.IDLE_CPU_S:
+                self.session.lost(GUARD_SAYS[guard.IDLE_CPU].format(int(burnt_s)))
+
+    def faults(self, other: Life) -> list[str]:
+        """What is wrong with its wall, as seen from outside beside another session."""
+        settings = self._engine.settings
+        assert self._process is not None
+        assert other._process is not None
+        init = self._process.host_pid()
+        bounds = outside.Bounds(
+            settings.sandbox_memory_mb * MB, settings.sandbox_disk_mb * MB, settings.sandbox_processes
+        )
+        try:
+            found = outside.faults(init, other._process.host_pid(), bounds)
+        except (OSError, ValueError, KeyError) as error:
+            return [f"what its wall is cannot be seen from outside ({error})"]
+        if self._group is not None and not self._group.holds([init, outside.worker_of(init)]):
+            found.append("it is not in its cgroup")
+        return found
 
     def _ended(self) -> None:
         self.generation.server.hear_guard()  # it may have said why
@@ -279,17 +319,30 @@ class NativeEngine:
                 "Memory is watched, not bounded, and processors are shared by priority alone: no cgroup can be made"
                 f" here. At most {self._most} sessions are opened at once.",
             )
-        return () if groups.bounds_cpu else ("Processors are shared by priority alone: no cgroup can bound them here.",)
+        said = []
+        if cgroups.CPU not in groups.bounded:
+            said.append("Processors are shared by priority alone: no cgroup can bound them here.")
+        if cgroups.SWAP not in groups.bounded and guard.meminfo(b"SwapTotal:"):
+            said.append("Of memory only what is not swapped out is bounded: no cgroup can bound swap here.")
+        return tuple(said)
 
     async def _try_the_wall(self) -> None:
-        life = await self._make()
-        came_through = await attacks.probe(life.session, self.settings.sandbox_processes, self.settings.sandbox_disk_mb)
-        if not life.session.alive:
-            ends = [part.why async for part in life.session.run("", 1.0) if isinstance(part, CellEnd)]
+        one, other = await self._make(), await self._make()
+        found = await attacks.shared_namespaces(one.session, other.session)
+        found += one.faults(other)  # after a cell: by then the worker is walled in
+        found += await attacks.probe(
+            one.session,
+            self.settings.sandbox_processes,
+            self.settings.sandbox_disk_mb,
+            more=attacks.NATIVE,
+            hidden=[*own_files(self.settings.data), __file__],
+        )
+        if not one.session.alive:
+            ends = [part.why async for part in one.session.run("", 1.0) if isinstance(part, CellEnd)]
             raise CannotStart(f"The first session has ended while it was tried: {ends[0]}.", OTHER_ENGINE)
-        if came_through:
-            raise CannotStart(f"The wall does not hold here: {'; '.join(came_through)}.", OTHER_ENGINE)
-        await life.session.close()
+        if found:
+            raise CannotStart(f"The wall does not hold here: {'; '.join(found)}.", OTHER_ENGINE)
+        await asyncio.gather(one.session.close(), other.session.close())
 
     async def _give_up(self, error: CannotStart) -> None:
         self._status = EngineStatus("off", "native", reason=error.reason, remedy=error.remedy)
@@ -337,13 +390,17 @@ class NativeEngine:
         raise SandboxBusy(f"No session can be made just now: {failure}")
 
     def _check_memory(self) -> None:
-        free = guard.available_bytes()
+        try:
+            free = guard.available_bytes()
+        except OSError as error:
+            raise SandboxBusy(f"What memory the machine has left cannot be told: {error}") from None
         if free is not None and free < (self.settings.sandbox_free_mb + ROOM_MB) * MB:
             raise SandboxBusy(f"The machine has too little memory for another session: {free // MB} MB.")
 
     async def _make_of(self, generation: Generation) -> Life:
         ours, theirs = socket.socketpair()
         async with AsyncExitStack() as undo:
+            undo.enter_context(ours)
             undo.enter_context(theirs)
             reader, writer = await asyncio.open_unix_connection(sock=ours)
             life = Life(self, generation, reader, writer)
@@ -399,14 +456,18 @@ class NativeEngine:
         except CannotStart as error:
             if self._status.state != "on":
                 raise
+            log.warning("code interpreter: %s %s", error, error.detail)
             await self._note_failure(error)
 
     async def _boot(self) -> None:
         """Start a fork server. Raises CannotStart."""
         found = packages.describe(packages.environment(self.settings))
         if not found.usable:
-            raise CannotStart("The interpreter's packages are not installed.", "Run `afterglow sandbox setup`.")
-        generation = Generation(self)
+            raise CannotStart(found.reason, found.remedy)
+        try:
+            generation = Generation(self)
+        except OSError as error:
+            raise CannotStart(f"The interpreter's fork server cannot be started: {error}", LOOK_AT_LOG) from None
         unit = f"afterglow-{os.getpid()}-{time.monotonic_ns()}"
         scope = cgroups.scope_command(unit) if self._groups is None and self._ask_systemd else []
         config = {
@@ -449,9 +510,10 @@ class NativeEngine:
         self._fill_pool()
 
     async def _note_failure(self, error: CannotStart) -> None:
-        """Remember it; when there were too many, the engine is off."""
+        """Remember it; when there were too many with no other fork server left, the engine is off."""
+        if self._current() is not None:
+            return
         self._failed_at.append(time.monotonic())
-        log.warning("code interpreter: %s %s", error, error.detail)
         if len(self._failed_at) == FAILURES and self._recent_failures() == FAILURES:
             await self._give_up(error)
 
@@ -473,10 +535,16 @@ class NativeEngine:
         while True:
             await asyncio.sleep(SWEEP_S)
             self._end_old_sessions()
-            try:
-                await self._renew()
-            except CannotStart as error:
-                await self._note_failure(error)
+            for life in list(self.living):
+                life.end_if_burning()
+            self._end_unwatched()
+            await self._renew()
+
+    def _end_unwatched(self) -> None:
+        for generation in self._generations:
+            if generation.server.usable and generation.server.silent_s > SILENCE_S:
+                log.warning("code interpreter: the guard of fork server %d is silent", generation.server.pid)
+                generation.server.kill()
 
     def _end_old_sessions(self) -> None:
         now = time.monotonic()
@@ -493,15 +561,23 @@ class NativeEngine:
             return
         if not self._open and not self._opening and time.monotonic() - self._used_at >= UNUSED_S:
             await self._retire(self._generations)
-        elif current.is_old:
-            async with self._booting:
-                await self._boot()
-            for life in list(self._pool):
-                life.kill()
-            self._pool.clear()
-            self._fill_pool()
+        elif current.is_old and time.monotonic() >= current.renew_at and len(self._generations) < MOST_GENERATIONS:
+            await self._replace(current)
         unneeded = [one for one in self._generations if one is not self._current() and not one.living]
         await self._retire(unneeded)
+
+    async def _replace(self, old: Generation) -> None:
+        try:
+            async with self._booting:
+                await self._boot()
+        except CannotStart as error:
+            old.renew_at = time.monotonic() + RENEW_AGAIN_S
+            log.warning("code interpreter: an old fork server is kept: %s %s", error, error.detail)
+            return
+        for life in list(self._pool):
+            life.kill()
+        self._pool.clear()
+        self._fill_pool()
 
     async def _retire(self, generations: list[Generation]) -> None:
         for generation in list(generations):
@@ -519,6 +595,13 @@ class NativeEngine:
         """Those of a scope of its own end with it."""
         if generation.groups is not None and generation.groups is not self._groups:
             generation.groups.close()
+
+
+def own_files(folder: str) -> list[str]:
+    """Some of what is in the server's data folder."""
+    with suppress(OSError):
+        return [os.path.join(os.path.abspath(folder), name) for name in os.listdir(folder)[:10]]
+    return []
 
 
 def process_room() -> int:

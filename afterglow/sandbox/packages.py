@@ -7,12 +7,17 @@ is finished. pip does the installing, so that index, proxy and certificates are 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import grp
 import hashlib
 import json
 import os
+import pwd
 import re
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from afterglow.errors import ConfigError
+from afterglow.sandbox.guest.launch import PACKAGES
 from afterglow.settings import Settings
 
 Level = Literal["base", "standard", "full"]
@@ -29,6 +35,10 @@ LOCKS = Path(__file__).parent / "locks"
 MARKER = "afterglow.json"
 OLDEST_PYTHON = (3, 11)
 COMPILERS_AT_MOST = 8
+LIBRARIES = ("lib", "lib64")
+STEPS_AT_MOST = 1000  # on the way to a file, links included
+FIRST_ORDINARY_GROUP = 1000
+NOT_THERE = ("The interpreter's packages are not installed.", "Run `afterglow sandbox setup`.")
 # Where the kernel has this file, AppArmor may refuse user namespaces to programs without a profile of their own.
 RESTRICTION = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns")
 
@@ -60,25 +70,37 @@ Say = Callable[[str], None]
 class Packages(NamedTuple):
     """An environment as it is found.
 
-    state: `missing`, there is none, or its Python is gone; `own`, a virtual environment that the operator made, used
-    as it is; `old`, made by another release, or not as this machine needs it, but usable; `current`. level: empty for
-    `own`. python: its program; version: `3.11.7`; base_prefix: the installation that it stands on; site_packages: what
-    to put on sys.path. With `missing` none of these lead anywhere.
+    state: `missing`, there is none, or its Python is gone; `unsafe`, others than root and us could change what it
+    runs; `own`, a virtual environment that the operator made, used as it is; `old`, made by another release, or not as
+    this machine needs it, but usable; `current`. level: empty for one that the operator made. python: its program;
+    version: `3.11.7`; base_prefix: the installation that it stands on; site_packages: what to put on sys.path. With
+    `missing` none of these lead anywhere. reason, remedy: why it is not usable, as in `EngineStatus`.
     Beside them `path / "matplotlib"` holds a font cache: copied to a folder that can be written, and named by
     MPLCONFIGDIR, it saves matplotlib the search for fonts.
     """
 
     path: Path
-    state: Literal["missing", "own", "old", "current"]
+    state: Literal["missing", "unsafe", "own", "old", "current"]
     level: Level | Literal[""] = ""
     python: Path = Path()
     version: str = ""
     base_prefix: Path = Path()
     site_packages: Path = Path()
+    reason: str = ""
+    remedy: str = ""
 
     @property
     def usable(self) -> bool:
-        return self.state != "missing"
+        return self.state not in ("missing", "unsafe")
+
+
+class Unsafe(Exception):
+    """Others than root and us could change a file or folder. reason, remedy: as in `EngineStatus`."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason} {remedy}")
+        self.reason = reason
+        self.remedy = remedy
 
 
 class _Python(NamedTuple):
@@ -107,13 +129,20 @@ def describe(path: Path) -> Packages:
     minor = ".".join(version.split(".")[:2])
     python, site_packages = path / "bin" / "python", path / "lib" / f"python{minor}" / "site-packages"
     if "home" not in config or not os.path.exists(python) or not os.path.isdir(site_packages):
-        return Packages(path, "missing")
+        return Packages(path, "missing", reason=NOT_THERE[0], remedy=NOT_THERE[1])
     level, lock = _made_from(path)
     state: Literal["own", "old", "current"] = "own"
     if level:
         current = lock == _hash(level) and not (_must_copy() and is_a_link(python))
         state = "current" if current else "old"
-    return Packages(path, state, level, python, version, Path(config["home"]).parent, site_packages)
+    home = Path(config["home"])
+    found = Packages(path, state, level, python, version, home.parent, site_packages)
+    try:
+        for place in _taken_by_python(found, home):
+            only_ours(place)
+    except Unsafe as unsafe:
+        return found._replace(state="unsafe", reason=unsafe.reason, remedy=unsafe.remedy)
+    return found
 
 
 def _configuration(path: Path) -> dict[str, str]:
@@ -153,6 +182,105 @@ def is_a_link(python: Path) -> bool:
     return Path(os.path.realpath(python)).parent != Path(os.path.realpath(python.parent))
 
 
+# --- who could change it ---------------------------------------------------------------------------------------
+#
+# The engine starts the environment's Python with the server's rights, before there is a wall: whoever can change what
+# that runs is the server. So its files and folders, and the way to them, must be root's or ours, and nobody else's to
+# write to. What lies deeper in those folders is not looked at: only root or we could have put it there.
+#
+# What a group may write to passes when nobody else is in that group: on many systems a user has a group of its own,
+# and a mask that lets it write, and Debian gives /usr/local to the group `staff`, which is empty.
+
+
+def _taken_by_python(found: Packages, home: Path) -> Iterator[Path]:
+    """What its Python takes code from when it starts, and where it looks for some."""
+    library = found.site_packages.parent
+    yield from (found.path, found.path / "pyvenv.cfg", found.python.parent, found.python)
+    yield from (library.parent, library, found.site_packages)
+    for folder in (home, *home.parents):
+        yield folder
+        looked_at = [place for lib in LIBRARIES for place in (folder / lib, folder / lib / library.name)]
+        yield from filter(os.path.isdir, looked_at)
+        if any(os.path.exists(place / "os.py") for place in looked_at):
+            return
+
+
+def only_ours(path: Path, sticky: bool = False) -> None:
+    """Raise Unsafe when others than root and us could change what `path` leads to, or what is in it.
+
+    sticky: whether they may add to it, if they cannot rename what is there. On the way to it they always may.
+    """
+    try:
+        steps = _steps(path)
+        for step in steps:
+            _check_step(step, sticky or step != steps[-1])
+    except OSError as error:
+        raise Unsafe(f"{path} cannot be examined: {error.strerror}.", "Make it readable for the server.") from None
+
+
+def _steps(path: Path) -> list[Path]:
+    """Every folder and link on the way to `path`, and what it leads to in the end. Raises OSError."""
+    here, steps, left = Path("/"), list[Path](), list(reversed(path.parts))
+    while left:
+        name = left.pop()
+        here = here.parent if name == ".." else here / name
+        steps.append(here)
+        if here.is_symlink():
+            left += reversed(here.readlink().parts)
+            here = here.parent
+        if len(steps) > STEPS_AT_MOST:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return steps
+
+
+def _check_step(step: Path, sticky: bool) -> None:
+    found = step.lstat()
+    if found.st_uid not in (0, os.geteuid()):
+        raise Unsafe(
+            f"Others could change what the server runs: {step} belongs to {_name_of(found.st_uid)}.",
+            "Let it belong to root or to the server's user; or, as that user, make the environment in another folder"
+            " (`--sandbox-env`) or of another Python (`--python`): `afterglow sandbox setup`.",
+        )
+    if stat.S_ISLNK(found.st_mode) or (sticky and found.st_mode & stat.S_ISVTX):
+        return
+    everyone = found.st_mode & stat.S_IWOTH
+    if everyone or (found.st_mode & stat.S_IWGRP and (_has_others(found.st_gid) or _names_more(step))):
+        who = "everyone" if everyone else "a group with others in it"
+        raise Unsafe(
+            f"Others could change what the server runs: {step} can be written by {who}.",
+            f"Take them the right to: `chmod go-w {shlex.quote(str(step))}`.",
+        )
+
+
+def _name_of(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _has_others(gid: int) -> bool:
+    """Whether others than root and us are in a group, or may be: a directory service need not list them."""
+    if gid == 0:
+        return False
+    users = pwd.getpwall()
+    ours = {user.pw_name for user in users if user.pw_uid in (0, os.geteuid())}
+    try:
+        name, _, _, members = grp.getgrgid(gid)
+    except KeyError:
+        return gid != os.getegid()
+    listed = {*members, *(user.pw_name for user in users if user.pw_gid == gid)}
+    return bool(listed - ours) or (name not in ours and gid >= FIRST_ORDINARY_GROUP)
+
+
+def _names_more(path: Path) -> bool:
+    """Whether an access list names others; then what a mode says of the group bounds them, too."""
+    try:
+        return "system.posix_acl_access" in os.listxattr(path)
+    except OSError:
+        return False
+
+
 # --- setting it up ---------------------------------------------------------------------------------------------
 
 
@@ -165,6 +293,7 @@ def setup(path: Path, level: Level, python: str | None, say: Say) -> Packages:
     base = _ask(python or sys.executable)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        only_ours(path.parent, sticky=True)
         with _alone(path, say):
             found = describe(path)
             if not found.level and (found.usable or _is_something_else(path)):
@@ -177,6 +306,8 @@ def setup(path: Path, level: Level, python: str | None, say: Say) -> Packages:
                 say(f"Already there: {level}, Python {found.version}, in {path}")
                 return found
             return _build(path, level, base, say)
+    except Unsafe as unsafe:
+        raise ConfigError(str(unsafe)) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise ConfigError(
@@ -197,13 +328,18 @@ def _build(path: Path, level: Level, base: _Python, say: Say) -> Packages:
 @contextlib.contextmanager
 def _alone(path: Path, say: Say) -> Iterator[None]:
     """Two at once would build in the same folder; the second waits, and then finds it done."""
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
+    # In a sticky folder it may be another's: neither a link is followed, nor a pipe waited for, nor anything written.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    lock = os.open(path.parent / f".{path.name}.lock", flags, 0o644)
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("Another setup is at work on it; waiting for that one.")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 def _is_something_else(path: Path) -> bool:
@@ -251,6 +387,8 @@ def _make(build: Path, level: Level, base: _Python, say: Say) -> None:
     lock = lock_file(level)
     say(f"Making the interpreter's environment: {level}, Python {base.version}")
     _run("The virtual environment cannot be made", base.program, "-m", "venv", build)
+    if (empty := describe(build)).state == "unsafe":  # the Python that it is made of
+        raise Unsafe(empty.reason, empty.remedy)
     python = build / "bin" / "python"
     _install(python, lock, say)
     _run("pip cannot be removed", python, "-m", "pip", "uninstall", "--yes", "--quiet", "pip", "setuptools")
@@ -376,12 +514,14 @@ def _copy_python(python: Path) -> None:
 def _compile(python: Path, build: Path) -> None:
     """Into byte code, once: in a session the folder is read-only, and each would compile anew.
 
-    Without a check of the source's time, which an image or a copied folder would not keep. Some packages carry files
-    that are wrong on purpose, for their tests; so the exit status says nothing.
+    Without a check of the source's time, which an image or a copied folder would not keep; and with the paths that a
+    session has, to which the folders of this machine are not known. Some packages carry files that are wrong on
+    purpose, for their tests; so the exit status says nothing.
     """
     workers = min(os.cpu_count() or 1, COMPILERS_AT_MOST)
     command: list[str | Path] = [python, "-I", "-m", "compileall", "-qq", "-j", str(workers)]
-    command += ["--invalidation-mode", "unchecked-hash", build / "lib"]
+    [folder] = build.glob("lib/python*/site-packages")
+    command += ["--invalidation-mode", "unchecked-hash", "-s", folder, "-p", PACKAGES, folder]
     subprocess.run(command, capture_output=True, umask=0o022, check=False)  # noqa: S603
 
 

@@ -26,6 +26,7 @@ from afterglow.sandbox.answers import (
     Ready,
     Reply,
     Request,
+    one_line,
     read_header,
 )
 from afterglow.sandbox.guest.frames import BODY_BYTES, BadFrame, Frames, is_clean_name, pack
@@ -75,6 +76,7 @@ class Session:
 
     async def start(self, memory_bytes: int, processes: int, timeout_s: float = ANSWER_S) -> None:
         """Say hello, which starts the worker, and wait until it is there. Called once, first. Raises SessionLost."""
+        self._check()
         reply = Reply(Ready)
         self._ask("hello", reply, memory_bytes=memory_bytes, processes=processes, output_bytes=self._text_bytes)
         await self._answered(reply, timeout_s)
@@ -126,8 +128,12 @@ class Session:
             yield await self._end_of(cell)
         finally:
             interrupt("nobody waits for it any more", CLOSE_GRACE_S)
-            while not cell.over:
-                await cell.news()
+            try:
+                while not cell.over:
+                    await cell.news()
+            finally:
+                if not cell.over:  # cancelled once more, while it was waited for
+                    self._lose("nobody waited for its cell to end")
 
     def _begin(self, code: bytes, timeout_s: float) -> tuple[Cell, Callable[[str, float], None]]:
         """Send a cell. Returns it with the function that interrupts it, given the cause in words and the grace."""
@@ -264,17 +270,19 @@ class Session:
     async def _read(self) -> None:
         """Take what the session sends until it ends, or is ended for what it sends."""
         frames = Frames(read_header)
-        why = "it has ended"
+        why = "it could not be read"
         try:
             while self.alive and (data := await self._reader.read(READ_BYTES)):
                 for answer, body in frames.feed(data):
                     await self._take(answer, body)
+            why = "it has ended"
         except BadFrame as fault:
-            log.warning("a session of the code interpreter was ended: %s", fault)
+            log.warning("a session of the code interpreter was ended: %s", one_line(str(fault)))
             why = "it has broken its connection"
         except OSError:
-            pass
-        self._lose(why)
+            why = "it has ended"
+        finally:  # whatever it was: what nobody reads must not go on
+            self._lose(why)
 
     async def _take(self, answer: Answer, body: bytes) -> None:
         request = self._requests.get(answer.id)

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 import socket
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -24,7 +25,7 @@ from afterglow.contracts import CellEnd, CellOutput, CodeSession, EngineStatus, 
 from afterglow.errors import SandboxBusy, SandboxOff, SessionLost
 from afterglow.sandbox import docker as docker_engine
 from afterglow.sandbox import session as sessions
-from afterglow.sandbox.docker import COMMAND, DockerEngine, Owner, build_context
+from afterglow.sandbox.docker import COMMAND, DockerEngine, Owner, build_context, this_host
 from afterglow.sandbox.docker_api import Unpacker
 from afterglow.settings import Settings, load
 from tests.contracts.docker_api import FakeDocker
@@ -358,7 +359,7 @@ async def test_the_wall(docker: FakeDocker):
     async with engine_on(docker, sandbox_cpus=1.5):
         [body] = docker.created
     owner = body.pop("Labels")["afterglow.server"]
-    assert owner.startswith(f"{socket.gethostname()}/{os.getpid()}/")
+    assert owner.startswith(f"{this_host()}/{os.getpid()}/")
     image = body.pop("Image")
     assert docker.images == {image}
     place = "rw,nosuid,nodev,{},mode={},size={}m,nr_inodes={},uid=64321,gid=64321"
@@ -438,6 +439,19 @@ async def test_an_attack_that_succeeds(docker: FakeDocker):
     assert status.reason == "Docker's wall does not hold here: mount; become another user."
     assert "gVisor" in status.remedy
     assert not docker.containers
+
+
+async def test_a_fault_while_it_starts(docker: FakeDocker):
+    """A fault of ours is raised to whoever waits, and not taken for "starting" without end."""
+
+    async def probe(session: CodeSession, processes: int, disk_mb: int) -> list[str]:
+        raise ZeroDivisionError
+
+    engine = DockerEngine(some_settings(), [docker.path], probe)
+    for wait in (engine.settled, engine.open):
+        with pytest.raises(ZeroDivisionError):
+            await wait()
+    await engine.close()
 
 
 @pytest.mark.parametrize(
@@ -578,8 +592,8 @@ async def test_the_version_spoken(docker: FakeDocker, newest: str, spoken: str):
 
 
 async def test_what_a_dead_server_left_is_removed(docker: FakeDocker):
-    """At the start, containers are removed whose server was on this machine and is dead; no others."""
-    here = socket.gethostname()
+    """At the start, containers are removed whose server was on this host and is dead; no others."""
+    here = this_host()
     ended = await asyncio.create_subprocess_exec(sys.executable, "-I", "-S", "-c", "")
     await ended.wait()
     dead = docker.add({"afterglow.server": f"{here}/{ended.pid}/0"})
@@ -587,6 +601,7 @@ async def test_what_a_dead_server_left_is_removed(docker: FakeDocker):
     kept = [
         docker.add({"afterglow.server": f"{here}/{os.getppid()}/0"}),
         docker.add({"afterglow.server": f"elsewhere/{ended.pid}/0"}),
+        docker.add({"afterglow.server": f"{socket.gethostname()}/{ended.pid}/0"}),  # in some container of that name
         docker.add({"afterglow.server": "hm"}),
         docker.add({"else": f"{here}/{ended.pid}/0"}),
     ]
@@ -594,6 +609,20 @@ async def test_what_a_dead_server_left_is_removed(docker: FakeDocker):
         assert [container for container in docker.containers.values() if not container.guest] == kept
         assert dead.gone.is_set()
         assert before_us.gone.is_set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has them")
+def test_a_pid_namespace_is_a_host_of_its_own():
+    """Servers in two containers with one host name do not take each other for dead."""
+    unshared = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*unshared, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no pid namespace can be had here")
+    code = f"import sys; sys.path[:] = {sys.path!r}; from afterglow.sandbox.docker import this_host; print(this_host())"
+    there = subprocess.check_output([*unshared, sys.executable, "-c", code], text=True).strip()
+    name, boot, namespace = this_host().split(":")
+    assert there.startswith(f"{name}:{boot}:")
+    assert not there.endswith(f":{namespace}")
 
 
 @pytest.mark.parametrize("label", ["", "here", "here/", "here/x/1", "here/7/mine", "here/1/0", f"here/{10**30}/0"])

@@ -17,9 +17,10 @@ import pytest
 from afterglow.contracts import CodeSession
 from afterglow.errors import SandboxBusy, SandboxOff, SessionLost
 from afterglow.sandbox import attacks, cgroups, local, packages
+from afterglow.sandbox.guest import launch
 from afterglow.sandbox.local import NativeEngine
 from tests.sandbox.conftest import StartEngine, run, settings
-from tests.sandbox.processes import census, cgroups_of, children, descendants, fork_server_of, living, until
+from tests.sandbox.processes import Process, census, cgroups_of, children, descendants, fork_server_of, living, until
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the native engine is for Linux"),
@@ -56,6 +57,14 @@ for _ in range(24):
             time.sleep(60)
 time.sleep(60)
 """
+SPINNERS = """
+import os, subprocess
+sleeping = subprocess.Popen(["sleep", "600"])
+for _ in range(10):
+    if os.fork() == 0:
+        os.setsid()
+        while True: pass
+"""
 BOMB = """
 import os, time
 made = 0
@@ -66,6 +75,20 @@ try:
         made += 1
 except OSError as error:
     print(made, error.errno == 11)
+"""
+RELAY = """
+import subprocess, threading
+RUNNER = '''
+import os, time
+end = time.time() + 60
+while time.time() < end:
+    began = time.process_time()
+    while time.process_time() - began < 0.006: pass
+    if os.fork(): os._exit(0)
+'''
+def later():
+    for _ in range(3): subprocess.Popen(["python3", "-I", "-S", "-c", RUNNER])
+threading.Timer(0.3, later).start()
 """
 SERVER = """
 import asyncio, sys
@@ -155,6 +178,23 @@ async def test_a_session_that_takes_too_much_memory_says_so(engine: NativeEngine
     assert not session.alive
 
 
+async def test_what_a_cell_has_started_ends_with_it(engine: NativeEngine, session: CodeSession) -> None:
+    """When a cell has ended nothing runs on but the worker: no child of it, and no child that has let go of it."""
+    assert (await run(session, SPINNERS)).status == "ok"
+    assert len(family_of(engine, session)) == 2
+    assert (await run(session, "print(sleeping.poll())")).text == "-9\n"
+
+
+def family_of(engine: NativeEngine, session: CodeSession) -> set[Process]:
+    """All living processes of a session."""
+    [life] = [life for life in engine.living if life.session is session]
+    assert life._process is not None
+    init = life._process.host_pid()
+    [server] = [launcher for launcher in engine_launchers(engine) if init in children(fork_server_of(launcher))]
+    me = {process for process in descendants(fork_server_of(server)) if process.pid == init}
+    return me | descendants(init)
+
+
 async def test_a_fork_bomb_stays_small(session: CodeSession) -> None:
     """Processes run out in the session, and nowhere else; it survives that."""
     cell = await run(session, BOMB)
@@ -180,11 +220,12 @@ async def test_what_ends_leaves_nothing(engine: NativeEngine) -> None:
     assert await until(lambda: len(descendants(os.getpid())) == 3 + 2)  # the engine's own, and one session made ahead
     before = census()
     session = await engine.open()
-    await run(session, "import subprocess\nrunning = subprocess.Popen(['sleep', '600'])")
-    mine = descendants(os.getpid())
+    await run(session, "import os, threading, time\nthreading.Timer(0.05, os.fork).start()\n")
+    assert await until(lambda: len(family_of(engine, session)) == 3)
+    mine = family_of(engine, session)
     await session.close()
+    assert living(mine) == set()
     assert await until(lambda: census() == before), (census(), before)
-    assert len(living(mine)) < len(mine)
 
 
 async def test_an_attack_that_succeeds_keeps_the_engine_off(
@@ -275,11 +316,39 @@ async def test_without_cgroups_the_guard_keeps_watch(
 
 @pytest.mark.slow
 async def test_one_that_computes_between_cells_is_ended(session: CodeSession) -> None:
-    """A process left running after its cell is ended with its session, when it burns the processor."""
-    burn = "import os\nif os.fork() == 0:\n    while True: pass"
+    """A thread left running after its cell ends its session, when it burns the processor."""
+    burn = "import threading\ndef burn():\n    while True: pass\nthreading.Thread(target=burn, daemon=True).start()"
     assert (await run(session, burn)).status == "ok"
     assert await until(lambda: not session.alive, 30)
     assert "no cell ran" in (await run(session, "print(1)")).end.why
+
+
+@pytest.mark.slow
+async def test_short_processes_between_cells_are_counted(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relay of processes that live for milliseconds ends its session as well; its cgroup counts exactly."""
+    monkeypatch.setattr(local, "SWEEP_S", 0.5)
+    async with start_engine(sandbox_pool=0) as engine:
+        session = await engine.open()
+        assert (await run(session, RELAY)).status == "ok"
+        assert await until(lambda: not session.alive, 20)
+        assert "no cell ran" in (await run(session, "print(1)")).end.why
+
+
+@pytest.mark.slow
+async def test_without_cgroups_who_hides_memory_goes_first(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full sockets, which are in nobody's size, end the session that has them, and not the one beside it."""
+    monkeypatch.setattr(cgroups, "find", lambda limits: None)
+    monkeypatch.setattr(cgroups, "scope_command", lambda unit: [])
+    async with start_engine(sandbox_pool=0) as engine:
+        honest = await engine.open()
+        await run(honest, "held = b'x' * (150 << 20)")
+        cell = await run(await engine.open(), SOCKETS, timeout_s=20)
+        assert (cell.status, "out of memory" in cell.end.why) == ("lost", True)
+        assert (await run(honest, "print(len(held) >> 20)")).text == "150\n"
 
 
 @pytest.mark.slow
@@ -313,6 +382,97 @@ async def test_a_killed_fork_server_is_replaced(start_engine: StartEngine) -> No
             await session.list_files()
         again = await engine.open()
         assert (await run(again, "print(1)")).text == "1\n"
+
+
+async def test_a_removed_cgroup_is_made_anew(engine: NativeEngine) -> None:
+    """Somebody who removes our empty cgroups does not keep sessions from being opened."""
+    if engine._groups is None:
+        pytest.skip("no cgroup can be made here")
+    assert await until(lambda: all(life in engine._pool for life in engine.living))
+    for life in list(engine.living):
+        await life.session.close()
+    for folder in engine._groups._folders.values():
+        assert cgroups._remove_folder(folder)
+    session = await engine.open()
+    assert (await run(session, "print(1)")).text == "1\n"
+    await session.close()
+
+
+async def test_a_frozen_guard_is_replaced(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A guard that gives no sign of life watches nobody: its sessions are ended, and there is a new one."""
+    monkeypatch.setattr(local, "SWEEP_S", 0.05)
+    async with start_engine(sandbox_pool=0) as engine:
+        session = await engine.open()
+        [launcher] = engine_launchers(engine)
+        [frozen] = children(launcher)
+        family = descendants(launcher)
+        os.kill(frozen, signal.SIGSTOP)
+        for busy in range(3000):  # more than its socket takes
+            engine._generations[0].server.tell(1, bool(busy % 2))
+        assert engine._generations[0].server._telling is not None
+        monkeypatch.setattr(local, "SILENCE_S", 0.3)
+        assert await until(lambda: not session.alive)
+        monkeypatch.setattr(local, "SILENCE_S", 10.0)
+        assert await until(lambda: not living(family))
+        assert "is silent" in caplog.text
+        assert "again and again" not in caplog.text
+        assert (await run(await engine.open(), "print(1)")).text == "1\n"
+
+
+@pytest.mark.slow
+async def test_last_words_are_kept(start_engine: StartEngine, caplog: pytest.LogCaptureFixture) -> None:
+    """What the guard or the fork server says as it breaks is in the log."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may write there")
+    async with start_engine(sandbox_pool=0) as engine:
+        [launcher] = engine_launchers(engine)
+        [pid] = children(launcher)
+        Path(f"/proc/{pid}/fd/2").write_text("MemoryError: in the guard\n")
+        os.kill(pid, signal.SIGKILL)
+        assert await until(lambda: not engine._generations)
+        assert "MemoryError: in the guard" in caplog.text
+
+
+@pytest.mark.slow
+async def test_a_fork_server_that_cannot_be_replaced_is_kept(
+    start_engine: StartEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While the old one works, failures to start a new one end nothing; later it is tried again."""
+    monkeypatch.setattr(local, "SWEEP_S", 0.02)
+    monkeypatch.setattr(local, "RENEW_AGAIN_S", 0.1)
+    async with start_engine(sandbox_pool=0) as engine:
+        session = await engine.open()
+        [first] = engine_launchers(engine)
+        with monkeypatch.context() as broken:
+            broken.setattr(launch, "command", lambda python: ["/nowhere"])
+            broken.setattr(local, "GENERATION_FORKS", 1)
+            assert await until(lambda: caplog.text.count("an old fork server is kept") > local.FAILURES)
+            assert engine.status.state == "on"
+            assert (await run(session, "print(1)")).text == "1\n"
+            assert (await run(await engine.open(), "print(1)")).text == "1\n"
+            broken.setattr(local, "Generation", without_descriptors)
+            assert await until(lambda: "Too many open files" in caplog.text)
+        monkeypatch.setattr(local, "GENERATION_FORKS", 1)
+        assert await until(lambda: engine_launchers(engine) - {first} != set())
+
+
+def without_descriptors(_engine: NativeEngine) -> None:
+    raise OSError(24, "Too many open files")
+
+
+async def test_whoever_waits_for_an_engine_that_closes_is_refused(start_engine: StartEngine) -> None:
+    """An `open` that waits for a fork server is told that it does not come, and is not cancelled."""
+    async with start_engine(sandbox_pool=0) as engine:
+        [launcher] = engine_launchers(engine)
+        os.kill(launcher, signal.SIGKILL)
+        assert await until(lambda: not engine._generations)
+        opening = asyncio.create_task(engine.open())
+        assert await until(lambda: bool(engine._generations))
+        await engine.close()
+        with pytest.raises(SandboxOff):
+            await opening
 
 
 def engine_launchers(engine: NativeEngine) -> set[int]:

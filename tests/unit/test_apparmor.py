@@ -45,7 +45,7 @@ class System:
 
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> System:
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(apparmor, "PARSERS", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     return System(tmp_path)
 
@@ -138,6 +138,26 @@ def test_a_profile_that_is_not_taken(system: System):
     with pytest.raises(ConfigError):
         add(system)
     assert system.file.read_text() == "an earlier one"
+
+
+def test_the_system_s_parser_comes_first(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What root runs is the system's parser, whatever is found first by the caller's PATH."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/apparmor_parser").write_text(f"#!/bin/sh\ntouch {tmp_path}/fooled\n")
+    (tmp_path / "mine/apparmor_parser").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "mine"), prepend=os.pathsep)
+    add(system)
+    assert len(system.loaded) == 1
+    assert not (tmp_path / "fooled").exists()
+
+
+def test_an_environment_of_the_server_s_user(system: System):
+    """Root adds the profile for an environment that is another user's, and says who could use it, too."""
+    found = system.packages._replace(state="unsafe")
+    if found.python.stat().st_uid == 0:
+        os.chown(found.python, 4242, -1)
+    apparmor.add_profile(found, system.said.append, system.root)
+    assert "Its owner is not root: whoever can replace that file can use the profile, too." in system.said
 
 
 def test_without_the_parser(system: System, monkeypatch: pytest.MonkeyPatch):

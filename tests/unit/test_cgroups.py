@@ -84,7 +84,6 @@ def test_a_delegated_group_gets_children(tree: Tree) -> None:
     own = tree.v2()
     groups = cgroups.find(LIMITS, tree.proc)
     assert groups is not None
-    assert groups.bounds_cpu
     assert (own / "afterglow-server/cgroup.procs").read_text() == str(PID)
     assert (own / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
     groups.make().add(77)
@@ -99,6 +98,7 @@ def test_a_delegated_group_gets_children(tree: Tree) -> None:
         "cpu.max": "150000 100000",
         "cgroup.procs": "77",
     }
+    assert {cgroups.CPU, cgroups.SWAP} <= groups.bounded
 
 
 def test_others_in_the_group_are_not_moved(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +152,8 @@ def test_root_divides_the_old_hierarchies(tree: Tree, monkeypatch: pytest.Monkey
     tree.v1()
     groups = cgroups.find(LIMITS, tree.proc)
     assert groups is not None
-    assert groups.bounds_cpu
     groups.make().add(77)
+    assert {cgroups.CPU, cgroups.SWAP} <= groups.bounded
     found = {names: read(only_child(tree.mounted / names / "ours") / "s1") for names in ("memory", "pids")}
     assert found["memory"] == {
         "memory.limit_in_bytes": str(1 << 30),
@@ -205,6 +205,45 @@ def test_a_group_that_is_still_held_is_removed_later(tree: Tree) -> None:
     assert not list(own.glob("afterglow-*-*"))
 
 
+def test_a_limit_is_read_back(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that was written and is not there is none, and no group is made."""
+    tree.v2()
+    groups = cgroups.find(LIMITS, tree.proc)
+    assert groups is not None
+    monkeypatch.setattr(Path, "write_text", lambda _path, _text: 0)
+    with pytest.raises(OSError, match=r"memory\.max"):
+        groups.make()
+
+
+@pytest.mark.usefixtures("plain_rmdir")
+def test_a_folder_that_somebody_removed_is_made_anew(tree: Tree) -> None:
+    """Whoever tidies up the machine's groups does not put an end to sessions."""
+    own = tree.v2()
+    groups = cgroups.find(LIMITS, tree.proc)
+    assert groups is not None
+    groups.release(groups.make())
+    assert cgroups._remove_folder(only_child(own))
+    groups.make().add(77)
+    assert (only_child(own) / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+    assert (only_child(own) / "s2/memory.max").read_text() == str(1 << 30)
+
+
+def test_a_group_knows_who_is_in_it_and_what_they_used(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its processes are told apart from others', and its processor time is the kernel's, of both versions."""
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    tree.v1(("memory", "pids", "cpu", "cpuacct"))
+    groups = cgroups.find(LIMITS, tree.proc)
+    assert groups is not None
+    group = groups.make()
+    assert group.cpu_s() == 0
+    group.add(77)
+    assert (group.holds([77]), group.holds([77, 78])) == (True, False)
+    (only_child(tree.mounted / "cpuacct/ours") / "s1/cpuacct.usage").write_text("1500000000\n")
+    assert group.cpu_s() == 1.5
+    (only_child(tree.mounted / "cpu/ours") / "s1/cpu.stat").write_text("usage_usec 2500000\nuser_usec 1\n")
+    assert group.cpu_s() == 2.5
+
+
 @pytest.mark.parametrize("file", ["memory.events", "memory.oom_control"])
 def test_the_kernel_tells_of_memory_that_ran_out(tree: Tree, file: str) -> None:
     """Of both versions the counter of kills is read."""
@@ -253,6 +292,7 @@ def test_a_limit_that_cannot_be_set_undoes_the_group(tree: Tree, monkeypatch: py
 
     monkeypatch.setattr(Path, "write_text", write_text)
     groups.make()
+    assert cgroups.SWAP not in groups.bounded
     refused.add("memory.max")
     with pytest.raises(PermissionError):
         groups.make()

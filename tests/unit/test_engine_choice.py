@@ -80,6 +80,17 @@ async def test_none_works():
         await choice.open()
 
 
+async def test_a_fault_while_it_chooses():
+    """A fault of ours in an engine is raised to whoever waits, and not taken for "starting" without end."""
+    native = Engine(NO_NATIVE)
+    native.outcome = None  # type: ignore[assignment]
+    choice = FirstOf([native])
+    for wait in (choice.settled, choice.open):
+        with pytest.raises(AttributeError):
+            await wait()
+    await choice.close()
+
+
 async def test_closing_while_it_chooses():
     """Closing ends the choice, closes every engine, and lets go of whoever waits for a session."""
     native, docker = Engine(NO_NATIVE), Engine(ON)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import grp
 import json
 import os
+import pwd
 import re
 import stat
+import subprocess
 import sys
 from pathlib import Path
 from typing import IO
@@ -42,7 +46,10 @@ class StandIn:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.program = folder / "python3.11"
+        self.library = folder.parent / "lib/python3.11"
         folder.mkdir()
+        self.library.mkdir(parents=True)
+        (self.library / "os.py").touch()
         self.program.write_text(PROGRAM)
         self.program.chmod(0o755)
         self.is_version("3.11.7")
@@ -101,7 +108,8 @@ def test_the_folder_without_the_setting(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path, python: StandIn, path: Path):
     """No folder, a file, an empty folder, a broken description or a Python that has gone: the packages are missing."""
-    assert packages.describe(path) == packages.Packages(path, "missing")
+    found = packages.describe(path)
+    assert (found.state, found.remedy) == ("missing", "Run `afterglow sandbox setup`.")
     (tmp_path / "file").write_text("")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "pyvenv.cfg").write_bytes(b"\xff\xfe home = ")
@@ -145,6 +153,117 @@ def test_what_is_found(python: StandIn, path: Path):
     )
 
 
+# --- who could change it ---------------------------------------------------------------------------------------
+
+OTHER = 4242
+MADE = ("", "bin", "bin/python", "bin/python3.11", "pyvenv.cfg", "lib", "lib/python3.11/site-packages")
+
+
+def seems(monkeypatch: pytest.MonkeyPatch, place: Path, uid: int | None = None, gid: int | None = None) -> None:
+    """Have a file belong to another user or group, as far as `lstat` tells."""
+    real = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        told = list(real(path))
+        if path == place:
+            told[4:6] = [told[4] if uid is None else uid, told[5] if gid is None else gid]
+        return os.stat_result(told)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+
+
+def places(path: Path, python: StandIn) -> list[Path]:
+    """What an environment's Python takes code from, and a folder on the way."""
+    return [*(path / name for name in MADE), path.parent, python.program, python.folder, python.library]
+
+
+def test_what_belongs_to_others(python: StandIn, path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A Python whose code is another user's is not run: the packages are not usable, and why is told."""
+    set_up(path, python)
+    for place in places(path, python):
+        with monkeypatch.context() as changed:
+            seems(changed, place, uid=OTHER)
+            found = packages.describe(path)
+        assert not found.usable
+        assert found.reason == f"Others could change what the server runs: {place} belongs to user {OTHER}."
+        assert "`afterglow sandbox setup`" in found.remedy
+    assert packages.describe(path).usable
+
+
+def test_what_others_can_write(python: StandIn, path: Path):
+    """The same of what anyone may write to."""
+    set_up(path, python)
+    for place in places(path, python):
+        place = place.resolve()
+        before = place.stat().st_mode
+        place.chmod(before | 0o002)
+        found = packages.describe(path)
+        place.chmod(before)
+        assert (found.state, found.usable) == ("unsafe", False)
+        assert found.reason == f"Others could change what the server runs: {place} can be written by everyone."
+        assert found.remedy == f"Take them the right to: `chmod go-w {place}`."
+    assert packages.describe(path).usable
+
+
+def test_a_sticky_folder(python: StandIn, path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be on the way, since nobody can replace what is another's there, but not hold the packages themselves."""
+    set_up(path, python)
+    path.parent.chmod(0o1777)
+    assert packages.describe(path).usable
+    (path.parent / "link").symlink_to(path)
+    assert packages.describe(path.parent / "link").usable
+    seems(monkeypatch, path.parent / "link", uid=OTHER)
+    assert f"{path.parent}/link belongs to" in packages.describe(path.parent / "link").reason
+    (path / "lib/python3.11/site-packages").chmod(0o1777)
+    assert "can be written by everyone" in packages.describe(path).reason
+
+
+@pytest.mark.parametrize(
+    ("group", "gid", "members", "usable"),
+    [
+        ("root", 0, ["operator"], True),
+        ("me", 1000, [], True),
+        ("me", 1000, ["me"], True),
+        ("me", 1000, ["other"], False),
+        ("staff", 50, [], True),
+        ("staff", 50, ["other"], False),
+        ("users", 100, [], False),  # another's first group
+        ("domain users", 20_000, [], False),  # of a directory that lists nobody
+    ],
+)
+def test_what_a_group_can_write(
+    python: StandIn, path: Path, monkeypatch: pytest.MonkeyPatch, group: str, gid: int, members: list[str], usable: bool
+):
+    """What a group may write to will do when nobody else is in it: the user's own group, or the system's empty one."""
+    set_up(path, python)
+    path.chmod(0o775)
+    seems(monkeypatch, path, gid=gid)
+    users = [("me", os.geteuid(), 1000), ("other", OTHER, 100)]
+    known = [pwd.struct_passwd((name, "x", uid, first, "", "/", "")) for name, uid, first in users]
+    monkeypatch.setattr(pwd, "getpwall", lambda: known)
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: grp.struct_group((group, "x", gid, members)))
+    assert packages.describe(path).usable is usable
+    assert ("a group with others" in packages.describe(path).reason) is not usable
+
+
+def test_an_access_list(python: StandIn, path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a group of one may write to will not do when an access list lets others in as well."""
+    set_up(path, python)
+    path.chmod(0o775)
+    seems(monkeypatch, path, gid=0)
+    assert packages.describe(path).usable
+    monkeypatch.setattr(os, "listxattr", lambda path: ["system.posix_acl_access"])
+    assert not packages.describe(path).usable
+
+
+def test_links_without_end(python: StandIn, path: Path):
+    """A home that is a circle of links is no Python that is run."""
+    set_up(path, python)
+    (path.parent / "circle").symlink_to("circle")
+    (path / "pyvenv.cfg").write_text(f"home = {path.parent}/circle\nversion = 3.11.7\n")
+    assert packages.describe(path).reason == f"{path.parent}/circle cannot be examined: {os.strerror(errno.ELOOP)}."
+
+
 # --- setting up ------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +276,7 @@ def test_what_is_made(python: StandIn, path: Path):
     did = (python.folder / "did").read_text().splitlines()
     assert [line for line in did if line.startswith("-I -m")] == [
         "-I -m pip uninstall --yes --quiet pip setuptools",
-        next(line for line in did if "-m compileall" in line and "unchecked-hash" in line),
+        next(line for line in did if "-m compileall" in line),
     ]
     assert {file.name for file in (path / "bin").iterdir()} == {"python", "python3.11"}
     assert json.loads((path / packages.MARKER).read_text())["python"] == "3.11.7"
@@ -253,6 +372,65 @@ def test_two_at_once(python: StandIn, path: Path):
         packages.setup(path, "base", str(python.program), listen)
     assert said[0] == "Another setup is at work on it; waiting for that one."
     assert said[1].startswith("Already there")
+
+
+def test_a_lock_that_is_a_link(python: StandIn, path: Path, tmp_path: Path):
+    """A link in the place of the lock is not followed: what it leads to is as it was."""
+    (tmp_path / "victim").write_text("precious")
+    path.parent.mkdir()
+    (path.parent / ".sandbox.lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match=r"cannot be made: .*\.sandbox\.lock"):
+        set_up(path, python)
+    assert (tmp_path / "victim").read_text() == "precious"
+    (path.parent / ".sandbox.lock").unlink()
+    os.link(tmp_path / "victim", path.parent / ".sandbox.lock")
+    set_up(path, python)
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_a_folder_that_others_can_write(python: StandIn, path: Path):
+    """Nothing is made in a folder where anyone could put something else in its place; in a sticky one it is."""
+    path.parent.mkdir()
+    path.parent.chmod(0o777)
+    with pytest.raises(ConfigError, match=rf"{path.parent} can be written by everyone\. .*chmod go-w"):
+        set_up(path, python)
+    assert list(path.parent.iterdir()) == []
+    path.parent.chmod(0o1777)
+    set_up(path, python)
+    assert packages.describe(path).usable
+
+
+def test_of_a_python_that_others_could_change(python: StandIn, path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of such a Python no environment is made, and nothing is fetched for it."""
+    seems(monkeypatch, python.program, uid=OTHER)
+    with pytest.raises(ConfigError, match=rf"{python.program} belongs to user {OTHER}\. .*`--python`"):
+        set_up(path, python)
+    assert not (python.folder / "asked").exists()
+    assert left_beside(path) == set()
+
+
+def test_an_environment_that_others_could_change_is_renewed(python: StandIn, path: Path):
+    """setup does not count it as done, and makes it anew."""
+    set_up(path, python, "standard")
+    (path / "bin").chmod(0o777)
+    assert packages.describe(path).state == "unsafe"
+    set_up(path, python)
+    assert (packages.describe(path).state, packages.describe(path).level) == ("current", "standard")
+
+
+def test_byte_code_names_no_folder_of_the_machine(tmp_path: Path):
+    """It has a session's paths, and is taken where it lies, without a look at its source."""
+    folder = tmp_path / "lib/python3.11/site-packages"
+    (folder / "module").mkdir(parents=True)
+    (folder / "module/__init__.py").write_text("value = 1\n")
+    packages._compile(Path(sys.executable), tmp_path)
+    [compiled] = folder.rglob("*.pyc")
+    assert b"/opt/packages/module/__init__.py" in compiled.read_bytes()
+    assert str(tmp_path).encode() not in compiled.read_bytes()
+    (folder / "module/__init__.py").write_text("value = 2\n")
+    code = f"import sys; sys.path.append({str(folder)!r}); import module; print(module.value, module.__file__)"
+    said = subprocess.check_output([sys.executable, "-I", "-S", "-B", "-c", code], text=True)
+    assert said == f"1 {folder}/module/__init__.py\n"
 
 
 def test_others_can_read_it(python: StandIn, path: Path):

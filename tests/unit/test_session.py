@@ -260,6 +260,22 @@ async def test_the_engine_knows_better() -> None:
     assert await run(session) == [CellEnd("lost", "it used the processor between cells")]
 
 
+async def test_a_cell_that_nobody_waits_for_any_more() -> None:
+    """Cancelled, it is waited for; cancelled once more, its session is lost, and no cell goes on unseen."""
+    session, wire = await open_session()
+    running = asyncio.create_task(run(session))
+    await wire.hears("exec")
+    running.cancel()
+    await wire.hears("interrupt")
+    assert session.alive
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert "kill" in wire.calls
+    assert await run(session) == [CellEnd("lost", "nobody waited for its cell to end")]
+    await session.close()
+
+
 async def test_code_that_is_too_long_is_not_sent() -> None:
     """More code than a frame holds is an error of the cell."""
     session, _ = await open_session()
@@ -357,6 +373,31 @@ async def test_frames_after_the_end_of_a_cell_end_the_session() -> None:
     wire.says("done", status="ok")
     assert await running == [CellEnd("ok")]
     assert await run(session) == [CellEnd("lost", "it has broken its connection")]
+    await session.close()
+
+
+async def test_a_fault_of_ours_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When reading breaks for a reason that nobody foresaw, the session is over, and who waits is told."""
+    session, wire = await open_session()
+    running = asyncio.create_task(run(session))
+    await wire.hears("exec")
+    monkeypatch.setattr(session_module.Cell, "take", None)
+    wire.says("done", status="ok")
+    assert await running == [CellEnd("lost", "it could not be read")]
+    assert "kill" in wire.calls
+    with pytest.raises(TypeError):
+        await session._reading
+    await session.close()
+
+
+async def test_what_is_logged_of_a_hostile_frame(caplog: pytest.LogCaptureFixture) -> None:
+    """Of what does not fit the wire one short line is logged, without what a terminal would obey."""
+    session, wire = await open_session()
+    await run_against(session, wire, pack({"t": "done", "id": FIRST, "\x1b[2J\n" + "x" * 60_000: 1}))
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "its header is none" in message
+    assert message.isprintable()
+    assert len(message) < 300
     await session.close()
 
 
@@ -480,10 +521,13 @@ async def _read_all(session: Session) -> bytes:
 
 
 async def test_a_session_that_does_not_start_is_lost() -> None:
-    """Without a worker there is no session."""
+    """Without a worker there is no session; and one that has ended before it was greeted is not waited for."""
     wire = Wire()
     session = Session(wire.reader, wire, kill=wire.call("kill"), gone=wire.gone)  # type: ignore[arg-type]
     wire.says("fail", id=HELLO, reason="other")
     with pytest.raises(SessionLost):
         await session.start(0, 1)
     await session.close()
+    with pytest.raises(SessionLost):
+        async with asyncio.timeout(5):
+            await session.start(0, 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from afterglow.sandbox.guest import launch, syscalls, wall
+from afterglow.sandbox.guest import launch, refusals, syscalls, wall
 from afterglow.sandbox.guest.launch import Bind, Python, Refused, Way
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the wall is Linux's")
@@ -225,7 +225,7 @@ def test_a_core_limit_that_cannot_be_set_is_refused_where_it_matters(monkeypatch
     monkeypatch.setattr(Path, "read_bytes", lambda _path: b"|/usr/share/apport/apport %p\n")
     with pytest.raises(Refused) as refused:
         launch.keep_core_handler_out()
-    assert "LimitCORE=1" in launch.explain(refused.value.step, refused.value.error)[1]
+    assert "LimitCORE=1" in refusals.explain(refused.value.step, refused.value.error)[1]
 
 
 # --- words -----------------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_refused_namespaces_are_explained_by_what_refuses_them(
 ) -> None:
     """The operator is told which switch it is, and what to type."""
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    told = launch.explain("namespaces", errno.EPERM, settings(tmp_path, **values))
+    told = refusals.explain("namespaces", errno.EPERM, settings(tmp_path, **values))
     assert reason in told[0]
     assert remedy in told[1]
 
@@ -287,6 +287,6 @@ def test_refused_namespaces_are_explained_by_what_refuses_them(
 )
 def test_every_step_has_words(tmp_path: Path, step: str, error: int, reason: str, remedy: str) -> None:
     """What is refused is named, and there is always something to do."""
-    told = launch.explain(step, error, tmp_path)
+    told = refusals.explain(step, error, tmp_path)
     assert reason in told[0]
     assert remedy in told[1]

@@ -44,6 +44,7 @@ OUT_BYTES = 262_144  # waiting for the server; beyond it nothing more is read or
 READ_BYTES = 262_144
 UNHEARD_BYTES = 2 << 20  # more than the longest code
 INTERRUPT_PAUSE_S = 0.2
+DYING_S = 0.2  # from a worker's closed connection to its death, when it is dying
 TEXT_PAUSE_S = 0.01  # a drip makes a hundred frames a second, not a hundred thousand
 MAX_ANSWERS = 64  # lists, gets and puts under way
 
@@ -364,6 +365,8 @@ class Agent:
 
     def _hear(self, worker: Worker, data: bytes) -> None:
         if not data:
+            if _dies(worker.pid):
+                return  # `_bury` is about to hear of it, and says how
             raise BadFrame("it has closed the connection, and lives")
         for header, body in worker.frames.feed(data):
             if self._cell is None or header.get("id") != self._cell or worker.broke:
@@ -504,6 +507,16 @@ def _wake_on_deaths() -> int:
     return wake
 
 
+def _dies(pid: int) -> bool:
+    """Whether a child that has let go of its connection is dead, or is so in a moment."""
+    deadline = time.monotonic() + DYING_S
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
 def _next_dead() -> int | None:
     try:
         found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -515,7 +528,8 @@ def _next_dead() -> int | None:
 def _kill_others(keep: int | None) -> None:
     """Kill all that came from this process, but `keep`.
 
-    As pid 1 everything is stopped first, at one stroke, so that nothing can fork away while it is looked for.
+    As pid 1 everything is stopped first, at one stroke, so that nothing can fork away while it is looked for: all
+    that /proc names is ours then. More than the names cannot be had behind Landlock.
     """
     if os.getpid() != 1:
         for _ in range(3):  # without a namespace of our own there is no such stroke
@@ -527,7 +541,7 @@ def _kill_others(keep: int | None) -> None:
         _signal_all(signal.SIGKILL)
     elif _numbers_in_proc() - {1, keep}:
         _signal_all(signal.SIGSTOP)
-        _kill_each(_descendants() - {keep})
+        _kill_each(_numbers_in_proc() - {1, keep})
         _signal_all(signal.SIGCONT)
 
 

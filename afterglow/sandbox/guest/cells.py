@@ -158,7 +158,7 @@ class Cells:
         """A cell may have closed or replaced what is printed to. Handlers of `logging` hold on to these objects."""
         for number, stream in enumerate(self._streams):
             os.dup2(self._text, number + 1)
-            if stream.closed:
+            if not _is_open(stream):
                 self._streams[number] = _text_stream(number + 1)
         sys.stdout, sys.stderr = self._streams
 
@@ -452,6 +452,13 @@ def _pyplot() -> Any:
 def _suit_pandas(pandas: Any) -> None:
     for name, value in (("display.width", 160), ("display.max_columns", 30), ("display.max_colwidth", 80)):
         pandas.set_option(name, value)
+
+
+def _is_open(stream: io.TextIOWrapper) -> bool:
+    try:
+        return not stream.closed
+    except ValueError:  # its buffer was detached
+        return False
 
 
 def _text_stream(fd: int) -> io.TextIOWrapper:

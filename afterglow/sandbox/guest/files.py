@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from .frames import NAME_PARTS, is_clean_name, pack
+from .frames import NAME_BYTES, NAME_PARTS, is_clean_name, pack
 
 CHUNK_BYTES = 262_144
 LIST_FILES = 10_000
@@ -78,7 +78,7 @@ class Files:
             folder = folders.pop()
             for entries in self._entries(folder):
                 seen += len(entries)
-                if folder.count("/") < NAME_PARTS - 1:
+                if folder.count("/") < NAME_PARTS - 1 and len(folder) < NAME_BYTES:  # else no name below it may pass
                     folders += [f"{folder}{entry.name}/" for entry in entries if _is_folder(entry)]
                 files = [row for entry in entries if (row := _row(folder, entry))][: LIST_FILES - listed]
                 listed += len(files)

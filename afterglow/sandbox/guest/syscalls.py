@@ -2,15 +2,14 @@
 
 Whatever is not named here is refused with EPERM: a call that a later kernel adds, too. There are two sets of rules:
 AGENT's are set before the agent starts, WORKER's on top of them before any user code, and a call must pass both.
-A rule looks at the low 32 bits of an argument: all that are ruled on are ints to the kernel, or flags in those bits.
-What an argument points to cannot be looked at; that is what Landlock and the namespaces are for.
+A rule looks at the low 32 bits of an argument: all that are ruled on are ints to the kernel, or flags in those bits;
+only of a pointer all 64 count. What it points to cannot be looked at; that is what Landlock and the namespaces are for.
 
 Left out on purpose, though honest programs know them (they get on without): inotify (its quota is the host user's, and
-it would watch files that others read), flock (a lock on a file shared with the host; POSIX locks stay, for SQLite),
-mincore (tells which pages others have read), memfd_create and System V memory (no file system bounds them), mknod (no
-pipes or devices among the outputs), setxattr (memory without bound), setpriority, sched_set*, timer_create, splice,
-tee, execveat, get_robust_list, and everything that reads, stops or names by descriptor another process, mounts, or
-makes a namespace.
+it would watch files that others read), flock (a lock on a file shared with the host), mincore (tells which pages others
+have read), memfd_create and System V memory (no file system bounds them), mknod (no pipes or devices among the
+outputs), setxattr (memory without bound), setpriority, sched_set*, timer_create, splice, tee, execveat,
+get_robust_list, and everything that reads, stops or names by descriptor another process, mounts, or makes a namespace.
 """
 
 from __future__ import annotations
@@ -162,13 +161,28 @@ class NotAll(NamedTuple):
     bits: int
 
 
-Rule = OneOf | Without | NotAll
+class Pretended(NamedTuple):
+    """With one of these values the call is answered as done, and not done; with others this says nothing."""
+
+    argument: int
+    values: tuple[int, ...]
+
+
+class UnlessNull(NamedTuple):
+    """The rule holds, or this pointer is NULL."""
+
+    pointer: int
+    rule: OneOf
+
+
+Rule = OneOf | Without | NotAll | Pretended | UnlessNull
 
 AF_UNIX = 1
 MSG_OOB = 0x1  # on unix sockets: young code, seldom used, and once a way into the kernel
 MAP_SHARED, MAP_ANONYMOUS, MAP_HUGETLB = 0x1, 0x20, 0x40000
 FUTEX_PRIVATE, FUTEX_CLOCK_REALTIME = 128, 256
 RLIMIT_CORE, RLIM_NLIMITS = 4, 16
+CAN_BE_SET = tuple(limit for limit in range(RLIM_NLIMITS) if limit != RLIMIT_CORE)
 # Everything but what threads, fork and vfork are made of: all namespaces, CLONE_PIDFD, PTRACE, PARENT, UNTRACED, IO.
 CLONE_REFUSED = 0xFE82B080
 SOL_SOCKET = 1
@@ -191,14 +205,17 @@ SHARED_RULES: dict[str, tuple[Rule, ...]] = {
     "recvmsg": (Without(2, MSG_OOB),),
     # REUSEADDR BROADCAST KEEPALIVE LINGER REUSEPORT PASSCRED RCVTIMEO SNDTIMEO (both forms); no filters or big buffers.
     "setsockopt": (OneOf(1, (SOL_SOCKET,)), OneOf(2, (2, 6, 9, 13, 15, 16, 20, 21, 66, 67))),
-    # DUPFD GETFD SETFD GETFL SETFL GETLK SETLK SETLKW, DUPFD_CLOEXEC GETPIPE_SZ; no F_NOTIFY, owners, leases, seals.
-    "fcntl": (OneOf(1, (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)),),
+    # DUPFD GETFD SETFD GETFL SETFL GETLK, DUPFD_CLOEXEC GETPIPE_SZ; no F_NOTIFY, owners, leases, seals. SETLK, SETLKW
+    # are pretended: SQLite wants them, but a lock is kernel memory that nothing bounds, and one on a file that all can
+    # read is seen by other sessions and the host.
+    "fcntl": (Pretended(1, (6, 7)), OneOf(1, (0, 1, 2, 3, 4, 5, 1030, 1032))),
     # TCGETS TIOCGWINSZ FIONREAD FIONBIO FIONCLEX FIOCLEX, TCGETS2, FICLONE (which a tmpfs politely declines).
     "ioctl": (OneOf(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451, 0x802C542A, 0x40049409)),),
     "renameat2": (Without(4, RENAME_WHITEOUT),),  # it would leave a device behind
-    # Only the caller's own, and never RLIMIT_CORE: 1 keeps the host's core handler from being started, 0 would not.
-    "prlimit64": (OneOf(0, (0,)), OneOf(1, tuple(n for n in range(RLIM_NLIMITS) if n != RLIMIT_CORE))),
-    "setrlimit": (OneOf(0, tuple(n for n in range(RLIM_NLIMITS) if n != RLIMIT_CORE)),),
+    # Only the caller's own. RLIMIT_CORE can be read, never set: 1 keeps the host's core handler from being started, 0
+    # would not.
+    "prlimit64": (OneOf(0, (0,)), UnlessNull(2, OneOf(1, CAN_BE_SET))),
+    "setrlimit": (OneOf(0, CAN_BE_SET),),
     # SET_GS SET_FS GET_FS GET_GS; GET_XCOMP_SUPP GET_XCOMP_PERM REQ_XCOMP_PERM.
     "arch_prctl": (OneOf(0, (0x1001, 0x1002, 0x1003, 0x1004, 0x1021, 0x1022, 0x1023)),),
 }
@@ -217,15 +234,15 @@ class Rules(NamedTuple):
 
 
 WORKER = Rules(FREE, {**SHARED_RULES, "prctl": (OneOf(0, PRCTL_FREE),)}, UNKNOWN)
-# The agent opens files by paths that user code has made, watches the worker, and sets the worker's rules.
+# The agent hides its memory from the worker, adopts what the worker leaves behind, and sets the worker's rules.
 AGENT = Rules(
-    FREE | {"openat2", "pidfd_open"},
+    FREE,
     {
         **SHARED_RULES,
         "prctl": (OneOf(0, (*PRCTL_FREE, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER)),),
         "seccomp": (OneOf(0, (SECCOMP_SET_MODE_FILTER,)), OneOf(1, (0,))),
     },
-    UNKNOWN - {"openat2", "pidfd_open"},
+    UNKNOWN,
 )
 
 # --- the program -----------------------------------------------------------------------------------------------
@@ -293,7 +310,16 @@ def _checked(rules: Iterable[Rule], refusal: int) -> list[Step]:
 
 def _check(rule: Rule, refusal: int) -> list[Step]:
     """Falls through when the rule holds."""
+    if isinstance(rule, UnlessNull):
+        low, then = ARGUMENTS_AT + 8 * rule.pointer, _check(rule.rule, refusal)
+        high = [_load(low + 4), Step(JUMP_EQUAL, len(then), 0, 0)]
+        return [_load(low), Step(JUMP_EQUAL, 0, len(high), 0), *high, *then]
     steps = [_load(ARGUMENTS_AT + 8 * rule.argument)]
+    if isinstance(rule, Pretended):
+        left = len(rule.values)
+        steps += [Step(JUMP_EQUAL, left - at, 0, value) for at, value in enumerate(rule.values, 1)]
+        steps[-1] = steps[-1]._replace(otherwise=1)
+        return [*steps, _return(ANSWER)]
     if isinstance(rule, OneOf):
         if rule.beside:
             steps.append(Step(AND, 0, 0, ~rule.beside & 0xFFFFFFFF))

@@ -30,8 +30,6 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 1, 4, 24
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 SECUREBITS_ALL_LOCKED = 0xEF  # root is nobody special, setuid gives and keeps nothing; and so it stays
 
-RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 2, 4, 8
-
 INNER_UID = 1000  # what a session sees itself as
 WORK, HOME = "/mnt/data", "/home/sandbox"
 READ = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/opt", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
@@ -67,7 +65,8 @@ def fork_as_init(own_pid_namespace: int) -> int:
     """Fork a child that is pid 1 of a pid namespace of its own; answers as os.fork does.
 
     own_pid_namespace: a descriptor of the caller's (`/proc/self/ns/pid`), to which it goes back, also when the fork
-    fails. The caller has one thread. Raises OSError: there is no room for another.
+    fails. The caller has one thread. Raises OSError: there is no room for another. Where there is no way back it ends
+    the caller: all that it forked later would be in a session's namespace.
     """
     for worker in (False, True):
         _filter(worker)  # so that this is done once, for all sessions
@@ -76,8 +75,8 @@ def fork_as_init(own_pid_namespace: int) -> int:
     try:
         child = os.fork()
     finally:
-        if child != 0:
-            _check(_libc().setns(own_pid_namespace, NEWPID), "setns")
+        if child != 0 and _libc().setns(own_pid_namespace, NEWPID) != 0:
+            os._exit(1)
     return child
 
 
@@ -330,26 +329,13 @@ def _filter(worker: bool) -> bytes:
     return b"".join(step.packed() for step in steps)
 
 
-# --- for the agent ---------------------------------------------------------------------------------------------
-
-
-def open_beneath(folder: int, path: str, flags: int, mode: int = 0) -> int:
-    """Open `path` below an open folder: no symbolic link on the way or at the end, and no way out. Not for the worker.
-
-    The descriptor is close-on-exec. Raises OSError: ELOOP for a link, EXDEV for a way out.
-    """
-    resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
-    how = struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve)
-    return _check(_call("openat2", folder, os.fsencode(path), how, len(how)), "openat2")
+# --- the kernel ------------------------------------------------------------------------------------------------
 
 
 def prctl(option: int, *arguments: int) -> int:
     """prctl(2)."""
     padded = [*arguments, 0, 0, 0, 0][:4]
     return _check(_libc().prctl(option, *map(ctypes.c_ulong, padded)), f"prctl {option}")
-
-
-# --- the kernel ------------------------------------------------------------------------------------------------
 
 
 SECCOMP_GET_ACTION_AVAIL = 2

@@ -167,7 +167,9 @@ def main() -> None:
     """Warm up and serve. The first message on the control socket is the configuration."""
     control = socket.socket(fileno=CONTROL_FD)
     [sessions] = CONFIG.unpack(control.recv(CONFIG.size))
+    os.putenv("XDG_CACHE_HOME", CACHE)  # fontconfig's, which only now can be written
     preload()
+    os.unsetenv("XDG_CACHE_HOME")
     wall.make_read_only(CACHE)
     if len(os.listdir("/proc/self/task")) != 1:
         raise RuntimeError("a package has started a thread")
