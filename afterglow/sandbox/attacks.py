@@ -231,8 +231,9 @@ async def shared_namespaces(one: CodeSession, other: CodeSession) -> list[str]:
     """Which namespaces two sessions share with each other or with us; words, if one does not tell."""
     ours = {name: os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES}
     code = f"import os\nfor name in {NAMESPACES}: print(name, os.readlink(f'/proc/self/ns/{{name}}'))"
-    found = [dict(line.split(" ", 1) for line in (await _said(session, code)).splitlines()) for session in (one, other)]
-    if any(set(told) != set(NAMESPACES) for told in found):
+    told = [(await _said(session, code)).splitlines() for session in (one, other)]
+    found = [{line.partition(" ")[0]: line.partition(" ")[2] for line in lines} for lines in told]
+    if any(set(names) != set(NAMESPACES) for names in found):
         return ["what its namespaces are is not told"]
     return [
         f"sessions share a namespace: {name}"

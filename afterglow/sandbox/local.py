@@ -88,6 +88,7 @@ class Generation:
         self.born_at = time.monotonic()
         self.living: dict[int, Life] = {}
         self.renew_at = 0.0
+        self.was_silent = False
 
     @property
     def is_old(self) -> bool:
@@ -541,10 +542,13 @@ class NativeEngine:
             await self._renew()
 
     def _end_unwatched(self) -> None:
+        """Silent at two looks: after a pause of the whole machine the guard may be late at one."""
         for generation in self._generations:
-            if generation.server.usable and generation.server.silent_s > SILENCE_S:
+            silent = generation.server.usable and generation.server.silent_s > SILENCE_S
+            if silent and generation.was_silent:
                 log.warning("code interpreter: the guard of fork server %d is silent", generation.server.pid)
                 generation.server.kill()
+            generation.was_silent = silent
 
     def _end_old_sessions(self) -> None:
         now = time.monotonic()

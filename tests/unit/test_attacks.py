@@ -43,10 +43,10 @@ class NoWall:
         yield CellEnd("ok")
 
 
-@pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.parametrize("name", [*HARMLESS, *(name for name in attacks.NATIVE if "first" not in name)])
 async def test_an_attack_gets_through_where_there_is_no_wall(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """What the probe takes for stopped is stopped by the wall, and not by a mistake in the attack."""
-    monkeypatch.setattr(attacks, "ATTACKS", {name: attacks.ATTACKS[name]})
+    monkeypatch.setattr(attacks, "ATTACKS", {name: {**attacks.ATTACKS, **attacks.NATIVE}[name]})
     session: CodeSession = NoWall()  # type: ignore[assignment]
     assert await attacks.probe(session, processes=16, disk_mb=1) == [name]
 
@@ -63,7 +63,27 @@ async def test_only_what_says_that_it_was_stopped_was(monkeypatch: pytest.Monkey
     assert await attacks.probe(Says()) == ["one"]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("body", attacks.ATTACKS.values(), ids=attacks.ATTACKS)
+async def test_sessions_in_one_namespace_are_told() -> None:
+    """Two that share theirs with each other and with us share all; one that does not tell is no better."""
+    one: CodeSession = Prints()  # type: ignore[assignment]
+    assert len(await attacks.shared_namespaces(one, one)) == len(attacks.NAMESPACES)
+    silent: CodeSession = NoWall()  # type: ignore[assignment]
+    assert await attacks.shared_namespaces(one, silent) == ["what its namespaces are is not told"]
+
+
+class Prints(NoWall):
+    """One that runs its first cell as well."""
+
+    async def run(self, code: str, timeout_s: float) -> AsyncGenerator[CellOutput]:
+        self._begin = "pass"
+        async for part in super().run(code, timeout_s):
+            yield part
+
+
+EVERY = {**attacks.ATTACKS, **attacks.NATIVE}
+
+
+@pytest.mark.parametrize("body", EVERY.values(), ids=EVERY)
 def test_every_attack_is_python(body: str) -> None:
     """No attack is stopped by a mistake in its syntax."""
     compile(attacks.BEGIN + attacks._cell(body), "attack", "exec")
