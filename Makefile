@@ -23,7 +23,7 @@ test: .venv/.dev .venv/.sandbox ## the tests to run before every commit (under t
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-all: .venv/.dev .venv/.sandbox ## all tests, with the slow kinds: other clients, crashes, real processes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: .venv/.serve ## the figures this server owes, measured here (under five minutes)
 	$(BIN)/python -m bench.run

@@ -67,7 +67,7 @@ class Container:
 
     async def kill(self) -> None:
         if self.process is not None:
-            if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.killpg(self.process.pid, signal.SIGKILL)
             await self.process.wait()
 
