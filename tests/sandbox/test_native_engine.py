@@ -19,6 +19,7 @@ from afterglow.errors import SandboxBusy, SandboxOff, SessionLost
 from afterglow.sandbox import attacks, cgroups, local, packages
 from afterglow.sandbox.guest import launch
 from afterglow.sandbox.local import NativeEngine
+from tests.sandbox import as_user
 from tests.sandbox.conftest import StartEngine, run, settings
 from tests.sandbox.processes import Process, census, cgroups_of, children, descendants, fork_server_of, living, until
 
@@ -643,12 +644,5 @@ def environment_for_others(folder: Path, tmp_path_factory: pytest.TempPathFactor
     if not system or not system[1].startswith(f"{minor}.") or shutil.which("setpriv") is None:
         pytest.skip("needs setpriv, and a system Python of the packages' version")
     made = tmp_path_factory.mktemp("environment")
-    for parent in (made, *made.parents):
-        if "pytest-of-" in str(parent):  # one more with several workers
-            parent.chmod(0o755)
-    (made / "bin").mkdir()
-    (made / "bin/python").symlink_to("/usr/bin/python3")
-    (made / f"lib/python{minor}").mkdir(parents=True)
-    (made / f"lib/python{minor}/site-packages").symlink_to(found.site_packages)
-    (made / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {found.version}\n")
+    as_user.environment_for_others(folder, made)
     return made
