@@ -1234,6 +1234,8 @@ async def test_no_more_than_max_running_runs_are_executed(start_server: ServerFa
             assert (await get(server, run)).status == status
         holds[1].set()
         await until_asked(server, 3)
+        # The model is asked before the claim is durable.
+        await happened(server, runs[2].id, "thread.run.in_progress")
         assert [(await get(server, run)).status for run in runs[1:]] == ["completed", "in_progress", "queued"]
         assert server.application.worker.running == 2
         for hold in holds:
