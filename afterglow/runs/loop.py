@@ -536,14 +536,14 @@ class Execution:
         for call in turn.calls:
             if call.kind == "function":
                 continue
+            if call.kind == "code_interpreter" and (missing := call.code.end()):
+                self._keep_code(turn, call, {"input": missing})
             if off := self.house.why_off(call.kind):
                 self._fail(turn, call, off)
             else:
                 await self._run_code(turn, call, usage)
 
     async def _run_code(self, turn: ModelTurn, call: Call, usage: Usage) -> None:
-        if missing := call.code.end():
-            self._keep_code(turn, call, {"input": missing})
         if not turn.recorded:
             await self._show_calls(turn, usage)
         assert self._files is not None
@@ -577,7 +577,6 @@ class Execution:
         """A call that was not run; its output says why."""
         call.failure = reason
         if call.kind == "code_interpreter":
-            self._keep_code(turn, call, {"input": missing} if (missing := call.code.end()) else {})
             self._keep_code(turn, call, call.print(reason))
 
     def _keep_code(self, turn: ModelTurn, call: Call, delta: dict[str, Any]) -> None:

@@ -110,8 +110,9 @@ class CodeInterpreter:
         try:
             if fresh and seen:
                 yield RESTARTED
-            async for output in self._run(row, opened, files, code):
-                yield output
+            async with aclosing(self._run(row, opened, files, code)) as outputs:
+                async for output in outputs:
+                    yield output
         finally:
             opened.busy = False
             opened.used_at = self._house.clock.now()

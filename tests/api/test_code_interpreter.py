@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -454,3 +455,35 @@ async def test_a_thread_cannot_fill_the_disk(start_server: ServerFactory, tmp_pa
         kept = (await server.client.files.list(purpose="assistants_output")).data
         assert len(kept) == 4
         assert "Not kept, because it is too much: zeros.bin" in tool_output(server)
+
+
+async def test_bare_code_that_could_not_be_run_is_shown_once(server: Server) -> None:
+    """When no session can be had, the step's input is the code as the model sent it, and so are the deltas."""
+    server.code.refuses = SandboxBusy("All sandbox sessions are in use.")
+    bare = calls(("python", {}))
+    bare[1:-1] = [type(bare[1])(0, arguments="print(1)")]
+    server.model.will(bare, says("I could not."))
+    assistant = await server.assistant(tools=[PYTHON])
+    thread = await server.client.beta.threads.create()
+    body = {"assistant_id": assistant.id, "stream": True}
+    async with streaming(server, f"/threads/{thread.id}/runs", body) as answer:
+        events = read_events(await answer.aread())
+    deltas = [event.data["delta"]["step_details"] for event in events if event.name == "thread.run.step.delta"]
+    pieces = [details["tool_calls"][0]["code_interpreter"] for details in deltas]
+    assert "".join(piece.get("input", "") for piece in pieces) == "print(1)"
+    assert all(pieces)
+    failed = next(event.data for event in events if event.name == "thread.run.step.failed")
+    assert failed["step_details"]["tool_calls"][0]["code_interpreter"]["input"] == "print(1)"
+
+
+async def test_whoever_stops_listening_has_stopped_the_code(server: Server) -> None:
+    """When the outputs of a call are closed, its code has been ended, and the session is free for the next call."""
+    interpreter = server.application.worker._interpreter
+    server.model.will(says("Hello."))
+    run = await ask(server)
+    server.code.will([Logs("first"), asyncio.Event()])
+    row = SimpleNamespace(project="default", run=run)
+    outputs = interpreter.run(row, [], "while True: pass", seen=False)  # type: ignore[arg-type]
+    assert await anext(outputs) == "first"
+    await outputs.aclose()
+    assert server.code.stopped == 1
