@@ -1,19 +1,22 @@
 """What a backend must do: the plugs that `app.py` fills, and the shapes that pass through them.
 
-The wing (`store/`, `events/`, `queue/`, `sandbox/`, `llm.py`, `offline.py`) implements these; everything above uses
-only these.
+The wing (`store/`, `events/`, `queue/`, `search/`, `sandbox/`, `llm.py`, `embeddings.py`, `offline.py`) implements
+these; everything above uses only these.
 The bundle of chosen plugs is `House`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
-from afterglow.objects import Usage
+from afterglow.objects import AttributeValue, Filter, Usage
 from afterglow.settings import Settings
 
 T = TypeVar("T")
@@ -328,6 +331,149 @@ class Blobs(Protocol):
     async def close(self) -> None: ...
 
 
+# --- search ----------------------------------------------------------------------------------------------------
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A passage of a file.
+
+    index: 0… in the file. start, end: code points in the extracted text, end not included. page: 1…, or None where
+    the file has none. tokens: by the tokenizer of the splitter.
+    """
+
+    index: int
+    text: str
+    start: int
+    end: int
+    page: int | None
+    tokens: int
+
+
+class Hit(msgspec.Struct, frozen=True):
+    """A chunk that was found, and why.
+
+    score: in [0, 1]; `search/ranking.py` says what it means. lexical_rank, vector_rank: 1…, equals share a rank, None
+    where that side did not find it. lexical_score: BM25. similarity: cosine.
+    """
+
+    store_id: str
+    file_id: str
+    chunk: Chunk
+    score: float
+    lexical_rank: int | None
+    vector_rank: int | None
+    lexical_score: float | None
+    similarity: float | None
+
+
+class Weights(msgspec.Struct, frozen=True):
+    """How much each side counts when ranks are fused: not negative, and not both 0. A side of weight 0 is not asked."""
+
+    embedding: float = 1.0
+    text: float = 1.0
+
+
+class SearchIndex(Protocol):
+    """The chunks of vector stores, by words and by vectors. A store comes to be with its first file.
+
+    Whether stores and files may be there is the caller's business: reading one that is not gives nothing, deleting it
+    does nothing, and another project's is not there. Raises StoreFull or StoreUnavailable when the place that holds
+    them fails; then nothing was written. A write that has returned has been synced.
+    """
+
+    async def put_file(
+        self,
+        project: str,
+        store_id: str,
+        file_id: str,
+        attributes: Mapping[str, AttributeValue],
+        chunks: Sequence[Chunk],
+        embeddings: Sequence[bytes] | None,
+        text: str | None = None,
+    ) -> int:
+        """Write a file's chunks in one transaction, in place of those that were there; return its size in bytes.
+
+        chunks: numbered 0…, in order of their starts. embeddings: one for each chunk, as `ranking.pack_vector` makes
+        them, or None. text: the extracted text, `text[chunk.start:chunk.end] == chunk.text`; without it blanks stand
+        where no chunk is. The size is that of the text in UTF-8 and of the embeddings.
+        Raises DimensionMismatch when other files of the store have embeddings of another length.
+        """
+        ...
+
+    async def set_attributes(
+        self, project: str, store_id: str, file_id: str, attributes: Mapping[str, AttributeValue]
+    ) -> None:
+        """Put these attributes in the place of the file's."""
+        ...
+
+    async def delete_file(self, project: str, store_id: str, file_id: str) -> None:
+        """Delete a file's chunks; their text is removed from the disk with them, from a large store soon after."""
+        ...
+
+    async def delete_store(self, project: str, store_id: str) -> None:
+        """Delete a store with everything in it."""
+        ...
+
+    async def search(
+        self,
+        project: str,
+        store_ids: Sequence[str],
+        query: str,
+        embedding: Sequence[float] | None,
+        limit: int,
+        where: Filter | None = None,
+        threshold: float = 0.0,
+        weights: Weights | None = None,
+    ) -> list[Hit]:
+        """Find the chunks that best match, best first; the stores count as one.
+
+        query: any text; nothing in it is syntax. embedding: of the query, by the model of the stores' embeddings; None
+        searches words alone. where: only files whose attributes it is true of are searched. threshold: hits that score
+        less are left out. A hit's score depends on neither limit nor threshold.
+        Raises DimensionMismatch when a store has embeddings of another length.
+        """
+        ...
+
+    async def list_chunks(self, project: str, store_id: str, file_id: str, after: int, limit: int) -> list[Chunk]:
+        """A file's chunks in order, those after index `after` (-1: from the first)."""
+        ...
+
+    async def text(self, project: str, store_id: str, file_id: str) -> str:
+        """The extracted text of a file, whole."""
+        ...
+
+    async def usage_bytes(self, project: str, store_id: str) -> int:
+        """The sizes of a store's files, as `put_file` returned them, together."""
+        ...
+
+    async def backup(self, target: Path) -> None:
+        """Copy every store into the folder `target`, each as it is at one moment, while serving."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors that lie close together where texts mean alike."""
+
+    @property
+    def model(self) -> str:
+        """The name of the embedding model. Vectors of two models cannot be compared."""
+        ...
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """One vector for each text, in their order, all of one length; in one request, whatever their number.
+
+        Raises a ModelError; ModelRefused and ContextOverflow say that trying again does not help.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
 # --- code interpreter ------------------------------------------------------------------------------------------
 
 
@@ -442,7 +588,8 @@ class CodeEngine(Protocol):
 class House:
     """The plugs that `app.py` chose, handed to whoever needs them.
 
-    engines_off: for each tool kind that has no engine at all, why, in words for the model and the operator.
+    ingest_queue: as `queue`, for files of vector stores; its `cancel` takes `vs_…/file-…`, or `vs_…` for all of a
+    store's. index_locks: by vector store, see `ingest/upkeep.py`. embedder: None searches words alone.
     """
 
     settings: Settings
@@ -454,7 +601,10 @@ class House:
     images: ImageFetcher
     blobs: Blobs
     code_engine: CodeEngine
-    engines_off: dict[str, str] = field(default_factory=dict)
+    ingest_queue: RunQueue
+    index: SearchIndex
+    embedder: Embedder | None = None
+    index_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
     def why_off(self, kind: str) -> str | None:
         """Why a server-side tool cannot be had, in words for the model and the operator; None when it can, or when
@@ -462,4 +612,4 @@ class House:
         status = self.code_engine.status
         if kind == "code_interpreter" and status.state == "off":
             return f"{status.reason} {status.remedy}".strip()
-        return self.engines_off.get(kind)
+        return None

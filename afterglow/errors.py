@@ -22,7 +22,8 @@
     ├── StoreError               the database said no
     │   ├── StoreFull
     │   ├── StoreUnavailable
-    │   └── BlobMissing
+    │   ├── BlobMissing
+    │   └── DimensionMismatch
     ├── SandboxError             the code interpreter could not do it; the model is told
     │   ├── SandboxOff
     │   ├── SandboxBusy
@@ -216,6 +217,22 @@ class StoreUnavailable(StoreError):
 
 class BlobMissing(StoreError):
     """The bytes of a file are not where they were put. Wire: HTTP 503."""
+
+
+class DimensionMismatch(StoreError):
+    """Embeddings of another length than those of the vector store: they come from another model.
+
+    store_id: the vector store; expected, got: floats in a vector. Nothing was written or searched.
+    """
+
+    def __init__(self, store_id: str, expected: int, got: int) -> None:
+        super().__init__(
+            f"The vector store {store_id} holds embeddings of {expected} dimensions, and these have {got}: they come "
+            "from another embedding model. Configure the model it was made with, or run `afterglow reindex`."
+        )
+        self.store_id = store_id
+        self.expected = expected
+        self.got = got
 
 
 class SandboxError(AfterglowError):

@@ -501,11 +501,278 @@ class File(Struct, kw_only=True):
     status_details: str | None = None
 
 
+# --- attributes and filters of file search ---------------------------------------------------------------------
+
+AttributeKey = Annotated[str, Meta(max_length=64)]
+AttributeValue = Annotated[str, Meta(max_length=512)] | int | float | bool
+Attributes = Annotated[dict[AttributeKey, AttributeValue], Meta(max_length=16)]
+
+
+class Comparison(Body, tag_field="type"):
+    """One attribute of a file held against a value; `search/filters.py` says when it is true."""
+
+    key: AttributeKey
+
+
+class _WithValue(Comparison):
+    value: AttributeValue
+
+
+class _WithValues(Comparison):
+    value: list[AttributeValue]
+
+
+class Eq(_WithValue, tag="eq"):
+    pass
+
+
+class Ne(_WithValue, tag="ne"):
+    pass
+
+
+class Gt(_WithValue, tag="gt"):
+    pass
+
+
+class Gte(_WithValue, tag="gte"):
+    pass
+
+
+class Lt(_WithValue, tag="lt"):
+    pass
+
+
+class Lte(_WithValue, tag="lte"):
+    pass
+
+
+class In(_WithValues, tag="in"):
+    pass
+
+
+class Nin(_WithValues, tag="nin"):
+    pass
+
+
+class Compound(Body, tag_field="type"):
+    """Several filters in one. How deep they may be nested is checked where they come in."""
+
+    filters: Annotated[list[Filter], Meta(min_length=1)]
+
+
+class And(Compound, tag="and"):
+    pass
+
+
+class Or(Compound, tag="or"):
+    pass
+
+
+Filter = Eq | Ne | Gt | Gte | Lt | Lte | In | Nin | And | Or
+
+
+# --- vector stores ---------------------------------------------------------------------------------------------
+
+FileStatus = Literal["in_progress", "completed", "failed", "cancelled"]
+StoreStatus = Literal["expired", "in_progress", "completed"]
+BatchStatus = Literal["in_progress", "completed", "cancelled", "failed"]
+StoreName = Annotated[str, Meta(max_length=256)]
+
+
+class StoreExpiry(Body):
+    """A vector store expires so many days after its last use."""
+
+    anchor: Literal["last_active_at"]
+    days: Annotated[int, Meta(ge=1, le=365)]
+
+
+class CreateVectorStore(Body):
+    name: StoreName | UnsetType | None = UNSET
+    description: Annotated[str, Meta(max_length=512)] | UnsetType | None = UNSET  # answered nowhere, so not kept
+    file_ids: Annotated[list[str], Meta(max_length=500)] | UnsetType = UNSET
+    expires_after: StoreExpiry | UnsetType | None = UNSET
+    chunking_strategy: AutoChunking | StaticChunking | UnsetType = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+
+
+class ModifyVectorStore(Body):
+    name: StoreName | UnsetType | None = UNSET
+    expires_after: StoreExpiry | UnsetType | None = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+
+
+class CreateVectorStoreFile(Body):
+    file_id: str
+    attributes: Attributes | UnsetType | None = UNSET
+    chunking_strategy: AutoChunking | StaticChunking | UnsetType = UNSET
+
+
+class ModifyVectorStoreFile(Body):
+    attributes: Attributes | None
+
+
+class CreateFileBatch(Body):
+    """`file_ids`, to which the other two apply, or `files`, which say each their own."""
+
+    file_ids: Annotated[list[str], Meta(min_length=1, max_length=2000)] | UnsetType = UNSET
+    files: Annotated[list[CreateVectorStoreFile], Meta(min_length=1, max_length=2000)] | UnsetType = UNSET
+    attributes: Attributes | UnsetType | None = UNSET
+    chunking_strategy: AutoChunking | StaticChunking | UnsetType = UNSET
+
+
+class SearchRanking(Body):
+    """As RankingOptions of the tool, but for the names of the rankers."""
+
+    ranker: Literal["none", "auto", "default-2024-11-15"] = "auto"
+    score_threshold: Annotated[float, Meta(ge=0, le=1)] = 0.0
+
+
+class SearchVectorStore(Body):
+    query: NonEmpty | Annotated[list[NonEmpty], Meta(min_length=1, max_length=64)]
+    rewrite_query: bool = False
+    max_num_results: Annotated[int, Meta(ge=1, le=50)] = 10
+    filters: Filter | UnsetType | None = UNSET
+    ranking_options: SearchRanking | UnsetType | None = UNSET
+
+
+class FileCounts(Struct):
+    in_progress: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    total: int = 0
+
+
+class VectorStore(Struct, kw_only=True):
+    """`name` is never null: clients that validate strictly would fail."""
+
+    id: str
+    object: str = "vector_store"
+    created_at: int
+    name: str = ""
+    usage_bytes: int = 0
+    file_counts: FileCounts = msgspec.field(default_factory=FileCounts)
+    status: StoreStatus = "completed"
+    expires_after: StoreExpiry | None = None
+    expires_at: int | None = None
+    last_active_at: int | None
+    metadata: dict[str, str] = {}
+
+
+class FileError(Struct):
+    """code: server_error | unsupported_file | invalid_file; message: why, in words for the file's owner."""
+
+    code: str
+    message: str
+
+
+class VectorStoreFile(Struct, kw_only=True):
+    """id: that of the file. chunking_strategy: always shown as `static`, also where `auto` was asked for."""
+
+    id: str
+    object: str = "vector_store.file"
+    created_at: int
+    usage_bytes: int = 0
+    vector_store_id: str
+    status: FileStatus = "in_progress"
+    last_error: FileError | None = None
+    chunking_strategy: StaticChunking
+    attributes: dict[str, AttributeValue] = {}
+
+
+class VectorStoreFileBatch(Struct, kw_only=True):
+    id: str
+    object: str = "vector_store.files_batch"
+    created_at: int
+    vector_store_id: str
+    status: BatchStatus = "in_progress"
+    file_counts: FileCounts
+
+
+class TextContent(Struct):
+    text: str
+    type: str = "text"
+
+
+class FileContentPage(Struct):
+    object: str = "vector_store.file_content.page"
+    data: list[TextContent] = []
+    has_more: bool = False
+    next_page: str | None = None
+
+
+class SearchResult(Struct):
+    """A passage of a file. score in 0–1; `search/ranking.py` says what it means."""
+
+    file_id: str
+    filename: str
+    score: float
+    attributes: dict[str, AttributeValue]
+    content: list[TextContent]
+
+
+class SearchPage(Struct):
+    search_query: list[str]
+    data: list[SearchResult]
+    object: str = "vector_store.search_results.page"
+    has_more: bool = False
+    next_page: str | None = None
+
+
+# --- uploads ---------------------------------------------------------------------------------------------------
+
+UploadStatus = Literal["pending", "completed", "cancelled", "expired"]
+UploadSize = Annotated[int, Meta(ge=1, le=8 * 1024**3)]
+FileLife = Annotated[int, Meta(ge=3600, le=2_592_000)]
+
+
+class FileExpiry(Body):
+    anchor: Literal["created_at"]
+    seconds: FileLife
+
+
+class CreateUpload(Body):
+    """What is wrong with one is worded by `api/schema_faults.py`, as for files."""
+
+    filename: NonEmpty
+    purpose: FilePurpose
+    bytes: UploadSize
+    mime_type: str
+    expires_after: FileExpiry | UnsetType = UNSET
+
+
+class CompleteUpload(Body):
+    """part_ids: in the order in which the parts make the file. md5: of the whole file, in hex."""
+
+    part_ids: Annotated[list[str], Meta(min_length=1, max_length=100_000)]
+    md5: str | UnsetType | None = UNSET
+
+
+class Upload(Struct, kw_only=True):
+    id: str
+    object: str = "upload"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: UploadStatus = "pending"
+    expires_at: int
+    file: File | None = None
+
+
+class UploadPart(Struct, kw_only=True):
+    id: str
+    object: str = "upload.part"
+    created_at: int
+    upload_id: str
+
+
 # --- the rest --------------------------------------------------------------------------------------------------
 
 
 class Deleted(Struct, kw_only=True):
-    """object: assistant.deleted, thread.deleted, thread.message.deleted or file."""
+    """object: assistant.deleted, thread.deleted, thread.message.deleted, vector_store.deleted,
+    vector_store.file.deleted or file."""
 
     id: str
     object: str

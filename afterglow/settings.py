@@ -112,6 +112,23 @@ class Settings:
     output_retention_d: int = setting(
         0, "How long files that the code interpreter has written are kept; 0: until they are deleted.", unit="days"
     )
+    max_upload_mb: int = setting(8192, "Largest file that can be put together of an upload's parts.", unit="MB")
+    embedding_url: str = setting(
+        "",
+        "Base URL of an OpenAI-compatible server of embeddings for file search. Empty: words alone are searched.",
+    )
+    embedding_key: str = setting("", "API key for `embedding_url`.", secret=True)
+    embedding_model: str = setting("", "Model that `embedding_url` is asked for.")
+    embedding_batch: int = setting(64, "Passages sent to `embedding_url` in one request.")
+    embedding_timeout_s: float = setting(60.0, "One answer of `embedding_url`.", unit="seconds")
+    ingest_files: int = setting(2, "Files read and indexed for file search at the same time by one process.")
+    parse_timeout_s: float = setting(60.0, "Processor time for reading one file for file search.", unit="seconds")
+    parse_memory_mb: int = setting(
+        1024, "Memory of a process that reads files for file search; it needs 100 MB itself.", unit="MB"
+    )
+    thread_store_days: int = setting(
+        7, "How long after its last use a vector store expires that was made along with a thread.", unit="days"
+    )
     code_interpreter: str = setting(
         "auto",
         "What runs model-written Python: `auto` (native, else docker, else off), `native`, `docker` or `off`.",
@@ -157,6 +174,12 @@ ABOVE_ZERO = (
     "event_flush_ms",
     "event_retention_h",
     "max_file_mb",
+    "max_upload_mb",
+    "embedding_batch",
+    "embedding_timeout_s",
+    "ingest_files",
+    "parse_timeout_s",
+    "parse_memory_mb",
     "sandbox_sessions",
     "sandbox_memory_mb",
     "sandbox_disk_mb",
@@ -343,5 +366,11 @@ def _check(settings: Settings) -> None:
     for name in ("model_retries", "poll_after_ms", "output_retention_d", "sandbox_pool", "sandbox_free_mb"):
         if getattr(settings, name) < 0:
             raise ConfigError(f"{name}: must not be less than 0.")
+    if settings.embedding_url and not settings.embedding_url.startswith(("http://", "https://")):
+        raise ConfigError(f"embedding_url: expected http://… or https://…, got {settings.embedding_url!r}.")
+    if settings.embedding_url and not settings.embedding_model:
+        raise ConfigError("embedding_model: embedding_url needs the name of a model beside it.")
+    if not 1 <= settings.thread_store_days <= 365:
+        raise ConfigError("thread_store_days: must be between 1 and 365.")
     if not 0 <= settings.port <= 65535:
         raise ConfigError("port: must be between 0 and 65535.")

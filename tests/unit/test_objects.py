@@ -16,8 +16,22 @@ import typing_extensions
 from jsonschema import Draft202012Validator
 from msgspec import NODEFAULT, UNSET, Struct
 from openai.types import Model as SdkModel
+from openai.types import Upload as SdkUpload
+from openai.types import VectorStore as SdkVectorStore
+from openai.types import VectorStoreDeleted as SdkVectorStoreDeleted
+from openai.types import auto_file_chunking_strategy_param as sdk_auto_chunking
 from openai.types import beta as sdk
-from openai.types import shared_params
+from openai.types import (
+    shared_params,
+    static_file_chunking_strategy_object_param,
+    static_file_chunking_strategy_param,
+    upload_complete_params,
+    upload_create_params,
+    vector_store_create_params,
+    vector_store_search_params,
+    vector_store_search_response,
+    vector_store_update_params,
+)
 from openai.types.beta import (
     assistant_create_params,
     assistant_tool_choice_function_param,
@@ -49,12 +63,24 @@ from openai.types.beta.threads.runs.run_step import Usage as SdkStepUsage
 from openai.types.beta.threads.runs.run_step_include import RunStepInclude
 from openai.types.shared.reasoning_effort import ReasoningEffort as SdkReasoningEffort
 from openai.types.shared_params import response_format_json_schema
+from openai.types.uploads import UploadPart as SdkUploadPart
+from openai.types.vector_stores import VectorStoreFile as SdkVectorStoreFile
+from openai.types.vector_stores import VectorStoreFileBatch as SdkFileBatch
+from openai.types.vector_stores import VectorStoreFileDeleted as SdkVectorStoreFileDeleted
+from openai.types.vector_stores import (
+    file_batch_create_params,
+    file_content_response,
+    file_create_params,
+    file_update_params,
+)
 from pydantic import BaseModel, ValidationError
 
 from afterglow import objects
 from afterglow.objects import (
     Assistant,
     Deleted,
+    FileCounts,
+    FileError,
     IncompleteDetails,
     Json,
     LastError,
@@ -62,8 +88,18 @@ from afterglow.objects import (
     Model,
     Run,
     RunStep,
+    SearchResult,
+    StaticChunking,
+    StaticChunkSizes,
+    StoreExpiry,
+    TextContent,
     Thread,
+    Upload,
+    UploadPart,
     Usage,
+    VectorStore,
+    VectorStoreFile,
+    VectorStoreFileBatch,
 )
 
 # --- samples ---------------------------------------------------------------------------------------------------
@@ -76,6 +112,9 @@ SEARCH: Json = {
 RESOURCES: Json = {"code_interpreter": {"file_ids": ["file-1"]}, "file_search": {"vector_store_ids": ["vs_1"]}}
 RUN: Json = {"id": "run_1", "created_at": 1, "assistant_id": "asst_1", "thread_id": "thread_1", "model": "m"}
 STEP: Json = {"id": "step_1", "created_at": 1, "run_id": "run_1", "assistant_id": "asst_1", "thread_id": "thread_1"}
+CHUNKING = StaticChunking(StaticChunkSizes(max_chunk_size_tokens=800, chunk_overlap_tokens=400))
+STORE_FILE: Json = {"id": "file-1", "created_at": 1, "vector_store_id": "vs_1", "chunking_strategy": CHUNKING}
+UPLOAD: Json = {"id": "upload_1", "bytes": 5, "created_at": 1, "filename": "a", "purpose": "assistants"}
 CALL: Json = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLED: Json = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}", "output": None}}
 
@@ -105,11 +144,52 @@ DEFAULTS = [
     Sample(Deleted(id="asst_1", object="assistant.deleted"), sdk.AssistantDeleted, "DeleteAssistantResponse"),
     Sample(Deleted(id="thread_1", object="thread.deleted"), sdk.ThreadDeleted, "DeleteThreadResponse"),
     Sample(Deleted(id="msg_1", object="thread.message.deleted"), sdk_threads.MessageDeleted, "DeleteMessageResponse"),
+    Sample(Deleted(id="vs_1", object="vector_store.deleted"), SdkVectorStoreDeleted, "DeleteVectorStoreResponse"),
+    Sample(
+        Deleted(id="file-1", object="vector_store.file.deleted"),
+        SdkVectorStoreFileDeleted,
+        "DeleteVectorStoreFileResponse",
+    ),
+    Sample(
+        VectorStore(
+            id="vs_1",
+            created_at=1,
+            last_active_at=1,
+            expires_after=StoreExpiry(anchor="last_active_at", days=7),
+            expires_at=604801,
+        ),
+        SdkVectorStore,
+        "VectorStoreObject",
+    ),
+    Sample(VectorStoreFile(**STORE_FILE), SdkVectorStoreFile, "VectorStoreFileObject"),
+    Sample(
+        VectorStoreFileBatch(id="vsfb_1", created_at=1, vector_store_id="vs_1", file_counts=FileCounts(2, total=2)),
+        SdkFileBatch,
+        "VectorStoreFileBatchObject",
+    ),
+    Sample(
+        SearchResult("file-1", "a.md", 0.5, {"year": 2024, "draft": True}, [TextContent("text")]),
+        vector_store_search_response.VectorStoreSearchResponse,
+        "VectorStoreSearchResultItem",
+    ),
+    Sample(TextContent("text"), file_content_response.FileContentResponse, "VectorStoreSearchResultContentObject"),
+    Sample(Upload(**UPLOAD, expires_at=3601), SdkUpload, "Upload"),
+    Sample(UploadPart(id="part_1", created_at=1, upload_id="upload_1"), SdkUploadPart, "UploadPart"),
     Sample(Model(id="m"), SdkModel, "Model"),
     Sample(Usage(), SdkUsage, "RunCompletionUsage"),
     Sample(Usage(), SdkStepUsage, "RunStepCompletionUsage"),
 ]
 FULL = [
+    Sample(
+        VectorStoreFile(
+            **STORE_FILE,
+            status="failed",
+            last_error=FileError("invalid_file", "The file could not be parsed because it is empty."),
+            attributes={"author": "ada", "year": 1843, "score": 0.5, "draft": False},
+        ),
+        SdkVectorStoreFile,
+        "VectorStoreFileObject",
+    ),
     Sample(
         Assistant(
             id="asst_1",
@@ -381,11 +461,34 @@ PAIRS = [
     pair(objects.NewVectorStore, assistant_create_params.ToolResourcesFileSearchVectorStore),
     pair(objects.AutoChunking, assistant_create_params.ToolResourcesFileSearchVectorStoreChunkingStrategyAuto),
     pair(objects.StaticChunking, assistant_create_params.ToolResourcesFileSearchVectorStoreChunkingStrategyStatic),
+    # vector stores
+    pair(objects.CreateVectorStore, vector_store_create_params.VectorStoreCreateParams),
+    pair(objects.ModifyVectorStore, vector_store_update_params.VectorStoreUpdateParams),
+    pair(objects.StoreExpiry, vector_store_create_params.ExpiresAfter),
+    pair(objects.StoreExpiry, vector_store_update_params.ExpiresAfter),
+    pair(objects.SearchVectorStore, vector_store_search_params.VectorStoreSearchParams),
+    pair(objects.SearchRanking, vector_store_search_params.RankingOptions),
+    pair(objects.CreateVectorStoreFile, file_create_params.FileCreateParams),
+    pair(objects.CreateVectorStoreFile, file_batch_create_params.File),
+    pair(objects.ModifyVectorStoreFile, file_update_params.FileUpdateParams, elsewhere="vector_store_id"),
+    pair(objects.CreateFileBatch, file_batch_create_params.FileBatchCreateParams),
+    pair(objects.AutoChunking, sdk_auto_chunking.AutoFileChunkingStrategyParam),
+    pair(objects.StaticChunking, static_file_chunking_strategy_object_param.StaticFileChunkingStrategyObjectParam),
+    pair(objects.StaticChunkSizes, static_file_chunking_strategy_param.StaticFileChunkingStrategyParam),
+    # uploads
+    pair(objects.CreateUpload, upload_create_params.UploadCreateParams),
+    pair(objects.FileExpiry, upload_create_params.ExpiresAfter),
+    pair(objects.CompleteUpload, upload_complete_params.UploadCompleteParams),
     pair(
         objects.StaticChunkSizes,
         assistant_create_params.ToolResourcesFileSearchVectorStoreChunkingStrategyStaticStatic,
     ),
 ]
+
+
+COMPARISONS = {objects.Eq, objects.Ne, objects.Gt, objects.Gte, objects.Lt, objects.Lte, objects.In, objects.Nin}
+COMPOUNDS = {objects.And, objects.Or}
+FILTERS = {*COMPARISONS, *COMPOUNDS, objects.Comparison, objects.Compound}
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.ours.__name__}-{pair.theirs.__name__}")
@@ -402,7 +505,7 @@ def test_bodies_have_the_keys_of_the_sdk(pair: Pair):
 
 
 def test_every_body_is_compared():
-    """No struct that callers send is missing above, but for the three halves of a named tool choice."""
+    """No struct that callers send is missing above, but for the halves of a named tool choice, and filters."""
     compared = {pair.ours for pair in PAIRS}
     bodies = {
         kind
@@ -410,7 +513,18 @@ def test_every_body_is_compared():
         if isinstance(kind, type) and issubclass(kind, objects.Body) and not kind.__name__.startswith("_")
     }
     choices_of_tools = {objects.FunctionChoice, objects.CodeInterpreterChoice, objects.FileSearchChoice}
-    assert bodies - compared - {objects.Body} == choices_of_tools
+    assert bodies - compared - {objects.Body} == choices_of_tools | FILTERS
+
+
+def test_filters_are_the_sdks():
+    """A comparison is one type there and eight structs here, one for each way of comparing; so is a compound."""
+    for ours, theirs in (
+        (COMPARISONS, shared_params.ComparisonFilter),
+        (COMPOUNDS, shared_params.CompoundFilter),
+    ):
+        keys, wanted = [our_keys(kind) for kind in ours], params_keys(theirs)
+        assert {said for one in keys for said in one["type"].choices} == wanted["type"].choices
+        assert all(one.keys() == wanted.keys() and all(key.required for key in one.values()) for one in keys)
 
 
 def test_a_named_tool_choice_is_of_the_sdks_kinds():
