@@ -1,0 +1,1 @@
+"""File search: what is found in vector stores, and in which order."""
