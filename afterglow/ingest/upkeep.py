@@ -1,0 +1,82 @@
+"""Keeps the index as the rows say.
+
+Rows and index cannot be changed together. So whoever changes rows notes in the same transaction what the index has to
+be told (a chore), tells it after the commit, and strikes the chore off. What a crash leaves is done at the next start.
+Telling means: read what the rows say now, and do that. It is done under the store's lock, and so is indexing a file:
+whichever comes last has read the newest rows, so a file that is detached while it is indexed leaves nothing behind.
+The locks are those of one process, as the index is; no other serves its folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from afterglow.contracts import House, Transaction
+from afterglow.errors import StoreError
+from afterglow.objects import VectorStoreFile
+from afterglow.rows import vector_store_files as file_rows
+from afterglow.rows import vector_stores as store_rows
+from afterglow.rows.vector_stores import Chore
+from afterglow.telemetry import log
+
+AT_ONCE = 100
+
+
+def index_lock(house: House, store_id: str) -> asyncio.Lock:
+    """Whoever writes to the index of a store holds this, from reading the rows on."""
+    return house.index_locks.setdefault(store_id, asyncio.Lock())
+
+
+async def settle(house: House, chores: Sequence[Chore]) -> bool:
+    """Tell the index; return whether it could be done. Else it is done later."""
+    by_store: dict[tuple[str, str], list[Chore]] = {}
+    for chore in chores:
+        by_store.setdefault((chore.project, chore.store_id), []).append(chore)
+    try:
+        for (project, store_id), those in by_store.items():
+            async with index_lock(house, store_id):
+                await _settle_store(house, project, store_id, those)
+    except StoreError as error:
+        log.error("The search index was not brought up to date, and will be later: %s", error)
+        return False
+    return True
+
+
+async def settle_all(house: House) -> bool:
+    """Do whatever was left undone."""
+
+    async def work(tx: Transaction) -> list[Chore]:
+        return await store_rows.list_chores(tx, AT_ONCE)
+
+    while chores := await house.store.read(work):
+        if not await settle(house, chores):
+            return False
+    return True
+
+
+async def _settle_store(house: House, project: str, store_id: str, chores: list[Chore]) -> None:
+    files = dict.fromkeys(chore.file_id for chore in chores if chore.file_id)
+
+    async def look(tx: Transaction) -> dict[str, VectorStoreFile | None] | None:
+        if not await store_rows.has_index(tx, project, store_id, anew=any(not chore.file_id for chore in chores)):
+            return None
+        return {file_id: await file_rows.get_file(tx, project, store_id, file_id) for file_id in files}
+
+    async def strike(tx: Transaction) -> None:
+        await store_rows.delete_chores(tx, chores)
+
+    found = await house.store.read(look)
+    if found is None:
+        await house.index.delete_store(project, store_id)
+    else:
+        for file_id, file in found.items():
+            await _settle_file(house, project, store_id, file_id, file)
+    await house.store.write(strike)
+
+
+async def _settle_file(house: House, project: str, store_id: str, file_id: str, file: VectorStoreFile | None) -> None:
+    if file is None or file.status in ("failed", "cancelled"):
+        await house.index.delete_file(project, store_id, file_id)
+    else:
+        await house.index.set_attributes(project, store_id, file_id, file.attributes)
