@@ -19,8 +19,12 @@ from afterglow.objects import File, Json
 from afterglow.rows import assistants as assistant_rows
 from afterglow.rows import files as file_rows
 from afterglow.rows import threads as thread_rows
+from afterglow.rows.events import blank_run_events
 from afterglow.rows.files import LooseBlob, StoredFile
 from afterglow.rows.requests import Origin, insert_request
+from afterglow.rows.search_results import forget_file
+from afterglow.rows.vector_stores import Chore
+from afterglow.vector_stores import follow_up, leave_stores
 
 OUTPUT_PURPOSE = "assistants_output"
 SWEEP_LIMIT = 100
@@ -36,10 +40,10 @@ class NewFile(NamedTuple):
     expires_after_s: int | None = None
 
 
-class _Written(NamedTuple):
-    """Bytes that have been stored for a file to be."""
+class Stored(NamedTuple):
+    """Bytes that have been stored for what is to be: a file, or a part of one."""
 
-    file_id: str
+    id: str
     loose: LooseBlob
     size_bytes: int
 
@@ -58,54 +62,68 @@ async def create_file(
     finish: Callable[[], Awaitable[tuple[NewFile, Origin]]],
 ) -> File:
     """Store what a caller sends. finish: called after the last of `chunks`; says what the file is, or refuses it."""
-    async with _writing(house, project, chunks) as written:
+    async with storing(house, project, new_id("file", "-"), chunks) as stored:
         new, origin = await finish()
-        return await _insert(house, project, written, new, origin)
+
+        async def work(tx: Transaction) -> File:
+            return await insert_file(tx, house, stored, new, origin)
+
+        return await house.store.write(work)
 
 
 async def store_output(house: House, project: str, filename: str, chunks: AsyncIterator[bytes]) -> File:
     """Store what the code interpreter has made. What `chunks` raises is raised, and nothing kept."""
-    kept_s = house.settings.output_retention_d * DAY_S or None
-    async with _writing(house, project, chunks) as written:
-        return await _insert(house, project, written, NewFile(filename, OUTPUT_PURPOSE, kept_s))
+    new = NewFile(filename, OUTPUT_PURPOSE, house.settings.output_retention_d * DAY_S or None)
+    async with storing(house, project, new_id("file", "-"), chunks) as stored:
+
+        async def work(tx: Transaction) -> File:
+            return await insert_file(tx, house, stored, new)
+
+        return await house.store.write(work)
 
 
 @contextlib.asynccontextmanager
-async def _writing(house: House, project: str, chunks: AsyncIterator[bytes]) -> AsyncGenerator[_Written, None]:
-    """Store bytes; they are deleted again when what follows fails."""
-    file_id = new_id("file", "-")
-    loose = LooseBlob(project, f"{file_id[-2:]}/{file_id}")
+async def storing(
+    house: House, project: str, object_id: str, chunks: AsyncIterator[bytes]
+) -> AsyncGenerator[Stored, None]:
+    """Store bytes under the id of what they are to be; they are deleted again when what follows fails."""
+    loose = LooseBlob(project, f"{object_id[-2:]}/{object_id}")
 
     async def note(tx: Transaction) -> None:
         await file_rows.insert_loose_blob(tx, loose, int(house.clock.now()))
 
     await house.store.write(note)
     try:
-        yield _Written(file_id, loose, await house.blobs.put(loose.blob, chunks))
+        yield Stored(object_id, loose, await house.blobs.put(loose.blob, chunks))
     except BaseException:
-        await _delete_loose(house, [loose])
+        await delete_loose(house, [loose])
         raise
 
 
-async def _insert(house: House, project: str, written: _Written, new: NewFile, origin: Origin | None = None) -> File:
+async def keep(tx: Transaction, stored: Stored) -> None:
+    """These bytes belong to something from this transaction on."""
+    if not await file_rows.delete_loose_blob(tx, stored.loose):
+        raise StoreUnavailable(f"{stored.loose.blob} was swept away while it was written")
+
+
+async def insert_file(
+    tx: Transaction, house: House, stored: Stored, new: NewFile, origin: Origin | None = None
+) -> File:
+    """Make stored bytes a file."""
     now = house.clock.now()
+    project = stored.loose.project
     file = File(
-        id=written.file_id,
-        bytes=written.size_bytes,
+        id=stored.id,
+        bytes=stored.size_bytes,
         created_at=int(now),
         expires_at=None if new.expires_after_s is None else int(now) + new.expires_after_s,
         filename=new.filename,
         purpose=new.purpose,
     )
-
-    async def work(tx: Transaction) -> None:
-        if not await file_rows.delete_loose_blob(tx, written.loose):
-            raise StoreUnavailable(f"{written.loose.blob} was swept away while it was written")
-        await file_rows.insert_file(tx, project, file, written.loose.blob, round(now * 1_000_000))
-        if origin is not None:
-            await insert_request(tx, project, origin, file.id, file.created_at)
-
-    await house.store.write(work)
+    await keep(tx, stored)
+    await file_rows.insert_file(tx, project, file, stored.loose.blob, round(now * 1_000_000))
+    if origin is not None:
+        await insert_request(tx, project, origin, file.id, file.created_at)
     return file
 
 
@@ -139,29 +157,40 @@ async def check_files(tx: Transaction, project: str, file_ids: Iterable[str], no
 # --- deleting --------------------------------------------------------------------------------------------------
 
 
+class _LetGo(NamedTuple):
+    """What is left to be done for files whose rows are deleted."""
+
+    loose: list[LooseBlob]
+    chores: list[Chore]
+
+
 async def delete_file(house: House, project: str, file_id: str) -> None:
-    """Delete a file with its bytes, and take it out of the lists of the code interpreter."""
+    """Delete a file with its bytes, and take it out of all vector stores and the lists of the code interpreter."""
     now = house.clock.now()
 
-    async def work(tx: Transaction) -> LooseBlob:
+    async def work(tx: Transaction) -> _LetGo:
         if await file_rows.get_file_object(tx, project, file_id, now) is None:
             raise no_file(file_id)
-        return await _let_go(tx, project, file_id, int(now))
+        return await _let_go(tx, [(project, file_id)], int(now))
 
-    await _delete_loose(house, [await house.store.write(work)])
+    await _finish(house, await house.store.write(work))
 
 
 async def tidy_files(house: House) -> None:
     """Delete what has expired, and bytes that were left behind long ago."""
     now = house.clock.now()
 
-    async def expire(tx: Transaction) -> list[LooseBlob]:
-        expired = await file_rows.list_expired(tx, now, SWEEP_LIMIT)
-        return [await _let_go(tx, project, file_id, int(now)) for project, file_id in expired]
+    async def expire(tx: Transaction) -> _LetGo:
+        return await _let_go(tx, await file_rows.list_expired(tx, now, SWEEP_LIMIT), int(now))
 
-    while loose := await house.store.write(expire):
-        await _delete_loose(house, loose)
+    while (gone := await house.store.write(expire)).loose:
+        await _finish(house, gone)
     await sweep_blobs(house, now - LOOSE_AFTER_S)
+
+
+async def _finish(house: House, gone: _LetGo) -> None:
+    await follow_up(house, gone.chores)
+    await delete_loose(house, gone.loose)
 
 
 async def sweep_blobs(house: House, before: float) -> None:
@@ -171,22 +200,27 @@ async def sweep_blobs(house: House, before: float) -> None:
         return await file_rows.list_loose_blobs(tx, before, SWEEP_LIMIT)
 
     while loose := await house.store.read(work):
-        if not await _delete_loose(house, loose):
+        if not await delete_loose(house, loose):
             return
 
 
-async def _let_go(tx: Transaction, project: str, file_id: str, now: int) -> LooseBlob:
-    """Delete the row and all that names it; the bytes are loose from then on."""
-    blob = await file_rows.delete_file(tx, project, file_id)
-    assert blob is not None
-    loose = LooseBlob(project, blob)
-    await file_rows.insert_loose_blob(tx, loose, now)
-    for holder, holder_id in await file_rows.list_file_uses(tx, project, file_id):
-        if holder == "threads":
-            await _take_from_thread(tx, project, holder_id, file_id)
-        else:
-            await _take_from_assistant(tx, project, holder_id, file_id)
-    return loose
+async def _let_go(tx: Transaction, files: list[tuple[str, str]], now: int) -> _LetGo:
+    """Delete rows, by (project, id), and all that names them; their bytes are loose from then on."""
+    gone = _LetGo([], [])
+    for project, file_id in files:
+        blob = await file_rows.delete_file(tx, project, file_id)
+        assert blob is not None
+        gone.loose.append(LooseBlob(project, blob))
+        await file_rows.insert_loose_blob(tx, gone.loose[-1], now)
+        for holder, holder_id in await file_rows.list_file_uses(tx, project, file_id):
+            if holder == "threads":
+                await _take_from_thread(tx, project, holder_id, file_id)
+            else:
+                await _take_from_assistant(tx, project, holder_id, file_id)
+        gone.chores.extend(await leave_stores(tx, project, file_id))
+        for run_id in await forget_file(tx, project, file_id):
+            await blank_run_events(tx, project, run_id)  # they may quote it
+    return gone
 
 
 async def _take_from_thread(tx: Transaction, project: str, thread_id: str, file_id: str) -> None:
@@ -206,7 +240,7 @@ def _take_from(tool_resources: Json, file_id: str) -> None:
     named["file_ids"] = [other for other in named["file_ids"] if other != file_id]
 
 
-async def _delete_loose(house: House, loose: list[LooseBlob]) -> bool:
+async def delete_loose(house: House, loose: list[LooseBlob]) -> bool:
     """Delete bytes that are loose and in nobody's hands; return whether it could be done. Else it is done later."""
 
     async def still_loose(tx: Transaction) -> list[LooseBlob]:

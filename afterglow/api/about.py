@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -19,8 +20,8 @@ async def healthz(request: Request) -> Response:
     """GET /healthz: 200 as soon as requests are served. Tells also what keeps the code interpreter from being whole."""
     house = house_of(request)
     code = house.code_engine.status
-    engines = {"code_interpreter": code.state, **dict.fromkeys(house.engines_off, "off")}
-    about = {"status": "ok", "version": __version__, "engines": engines}
+    engines = {"code_interpreter": code.state, "file_search": "on"}
+    about: dict[str, Any] = {"status": "ok", "version": __version__, "engines": engines}
     if code.reason or code.unenforced:
         about["details"] = {
             "code_interpreter": {

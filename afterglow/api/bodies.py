@@ -62,7 +62,7 @@ def _decode_quickly(body: bytes, kind: type[T]) -> T | None:
 
 
 def _decode_carefully(body: bytes, kind: type[T]) -> T:
-    plain = _read_plain(body)
+    plain = read_plain(body)
     faults.check_shape(kind, plain)
     faults.gather_vendor_keys(plain)
     try:
@@ -71,8 +71,9 @@ def _decode_carefully(body: bytes, kind: type[T]) -> T:
         raise InvalidRequest(f"Invalid request body: {error}.") from None
 
 
-def _read_plain(body: bytes) -> Any:
-    """Read what msgspec refuses too: lone surrogates, so that their path can be told; the last of equal keys counts."""
+def read_plain(body: bytes) -> Any:
+    """JSON as Python reads it, with what msgspec refuses: lone surrogates, so that their path can be told. The last of
+    equal keys counts. Raises InvalidRequest."""
     try:
         return json.loads(body.decode(), parse_int=_integer, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):

@@ -15,22 +15,29 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import __version__
-from afterglow.api import about, assistants, files, models, runs, threads
+from afterglow.api import about, assistants, files, inspection, models, runs, threads, uploads, vector_stores
 from afterglow.api.edge import OPEN_PATHS
 from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
+from afterglow.inspection import Citation, SearchExplanation, VectorStoreChunk
 from afterglow.objects import (
     INCLUDE_FILE_SEARCH_CONTENT,
     VENDOR_KEYS,
     Assistant,
     Attachment,
     Body,
+    CompleteUpload,
     CreateAssistant,
+    CreateFileBatch,
     CreateMessage,
     CreateRun,
     CreateThread,
     CreateThreadAndRun,
+    CreateUpload,
+    CreateVectorStore,
+    CreateVectorStoreFile,
     Deleted,
     File,
+    FileContentPage,
     Json,
     Message,
     Model,
@@ -38,14 +45,23 @@ from afterglow.objects import (
     ModifyMessage,
     ModifyRun,
     ModifyThread,
+    ModifyVectorStore,
+    ModifyVectorStoreFile,
     ResponseFormat,
     Run,
     RunStep,
+    SearchPage,
+    SearchVectorStore,
     SubmitToolOutputs,
     Thread,
     ToolChoice,
     ToolResources,
     Tools,
+    Upload,
+    UploadPart,
+    VectorStore,
+    VectorStoreFile,
+    VectorStoreFileBatch,
 )
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -85,6 +101,12 @@ UPLOAD: Json = {
     "required": ["file", "purpose"],
     "additionalProperties": False,
 }
+PART: Json = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "contentMediaType": "application/octet-stream"}},
+    "required": ["data"],
+    "additionalProperties": False,
+}
 SHAPES: dict[Endpoint, Shape] = {
     assistants.create_assistant: Shape(CreateAssistant, Assistant),
     assistants.list_assistants: Shape(query=CURSOR, list_of=Assistant),
@@ -115,6 +137,29 @@ SHAPES: dict[Endpoint, Shape] = {
     files.retrieve_file: Shape(answer=File),
     files.delete_file: Shape(deleted="file"),
     files.retrieve_file_content: Shape(answer=bytes),
+    uploads.create_upload: Shape(CreateUpload, Upload),
+    uploads.create_upload_part: Shape(form=PART, answer=UploadPart),
+    uploads.complete_upload: Shape(CompleteUpload, Upload),
+    uploads.cancel_upload: Shape(answer=Upload),
+    vector_stores.create_vector_store: Shape(CreateVectorStore, VectorStore, empty_ok=True),
+    vector_stores.list_vector_stores: Shape(query=CURSOR, list_of=VectorStore),
+    vector_stores.retrieve_vector_store: Shape(answer=VectorStore),
+    vector_stores.modify_vector_store: Shape(ModifyVectorStore, VectorStore),
+    vector_stores.delete_vector_store: Shape(deleted="vector_store.deleted"),
+    vector_stores.search_vector_store: Shape(SearchVectorStore, SearchPage),
+    vector_stores.create_vector_store_file: Shape(CreateVectorStoreFile, VectorStoreFile),
+    vector_stores.list_vector_store_files: Shape(query=(*CURSOR, "filter"), list_of=VectorStoreFile),
+    vector_stores.retrieve_vector_store_file: Shape(answer=VectorStoreFile),
+    vector_stores.modify_vector_store_file: Shape(ModifyVectorStoreFile, VectorStoreFile),
+    vector_stores.delete_vector_store_file: Shape(deleted="vector_store.file.deleted"),
+    vector_stores.retrieve_vector_store_file_content: Shape(answer=FileContentPage),
+    vector_stores.create_file_batch: Shape(CreateFileBatch, VectorStoreFileBatch),
+    vector_stores.retrieve_file_batch: Shape(answer=VectorStoreFileBatch),
+    vector_stores.cancel_file_batch: Shape(answer=VectorStoreFileBatch),
+    vector_stores.list_files_of_batch: Shape(query=(*CURSOR, "filter"), list_of=VectorStoreFile),
+    inspection.list_chunks: Shape(query=("limit", "after"), list_of=VectorStoreChunk),
+    inspection.explain_search: Shape(SearchVectorStore, SearchExplanation),
+    inspection.list_citations: Shape(list_of=Citation),
     models.list_models: Shape(list_of=Model),
     models.retrieve_model: Shape(answer=Model),
     models.delete_model: Shape(),
@@ -133,6 +178,7 @@ QUERY: dict[str, Json] = {
     "before": {"schema": TEXT, "description": "Id of an object; the list ends in front of it."},
     "run_id": {"schema": TEXT, "description": "Keep what this run wrote."},
     "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
+    "filter": {"schema": {"enum": list(vector_stores.FILE_STATUSES)}, "description": "Keep the files of this status."},
     "include[]": {"schema": {"type": "array", "items": {"enum": [INCLUDE_FILE_SEARCH_CONTENT]}}},
     "metadata": {"style": "deepObject", "explode": True, "schema": {"type": "object", "additionalProperties": TEXT}},
 }

@@ -7,6 +7,7 @@ becomes the API's error body here and nowhere else.
 from __future__ import annotations
 
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable, MutableMapping
@@ -37,6 +38,8 @@ log = logging.getLogger("afterglow.http")
 API_PREFIXES = ("/v1/", "/openai/")
 OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
 UPLOAD_PATHS = ("/v1/files", "/openai/v1/files", "/openai/files")
+PART_PATH = re.compile(r"/(v1|openai/v1|openai)/uploads/[^/]+/parts")
+MAX_PART_MB = 64
 FORM_BYTES = 64 * 1024  # of an upload, besides the file
 SORRY = "The server had an error while processing your request. Sorry about that!"
 BETA_V1 = (
@@ -107,9 +110,10 @@ class Edge:
     def _limited(self, receive: Receive, headers: Headers, path: str) -> Receive:
         """Refuse bodies that are larger than allowed, before they are read whole."""
         settings = self._house.settings
-        if path in UPLOAD_PATHS:
-            too_large = BodyTooLarge(f"The file is larger than {settings.max_file_mb} MB.")
-            max_bytes = settings.max_file_mb * 1024 * 1024 + FORM_BYTES
+        if path in UPLOAD_PATHS or PART_PATH.fullmatch(path):
+            max_mb = settings.max_file_mb if path in UPLOAD_PATHS else MAX_PART_MB
+            too_large = BodyTooLarge(f"The file is larger than {max_mb} MB.")
+            max_bytes = max_mb * 1024 * 1024 + FORM_BYTES
         else:
             too_large = BodyTooLarge(f"The request body is larger than {settings.max_body_mb} MB.")
             max_bytes = settings.max_body_mb * 1024 * 1024

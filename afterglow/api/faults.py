@@ -19,6 +19,7 @@ from msgspec import UNSET, Struct, UnsetType, inspect
 
 from afterglow import objects
 from afterglow.errors import InvalidRequest
+from afterglow.search.filters import depth
 
 NOT_JSON = (
     "We could not parse the JSON body of your request. (HINT: This likely means you aren't using your HTTP library "
@@ -29,6 +30,7 @@ NOT_JSON = (
 LARGEST_INTEGER = 2**63 - 1
 # Nothing between here and the model server may run out of stack on what was accepted here.
 MAX_DEPTH = 100
+MAX_FILTER_DEPTH = 10
 MAX_SHOWN_CHARS = 256
 UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 # A pattern that also counts characters, like that of function names: the API words length and characters apart.
@@ -85,6 +87,20 @@ def too_many_properties(path: str, high: int, size: int) -> InvalidRequest:
     return invalid(path, flaw, "object_above_max_properties")
 
 
+def nested_too_deeply(path: str, levels: int) -> InvalidRequest:
+    return invalid(path, f"nested too deeply. Expected at most {levels} levels.", "invalid_value")
+
+
+def mutually_exclusive(path: str, *names: str) -> InvalidRequest:
+    """path: of what holds them, empty for the body itself."""
+    both = quoted([inside(path, name) for name in names])
+    message = (
+        f"Mutually exclusive parameters: {listed(both, 'and')}. "
+        f"Ensure you are only providing one of: {listed(both, 'or')}."
+    )
+    return InvalidRequest(message, param=path or names[0], code="mutually_exclusive_parameters")
+
+
 def unknown(path: str) -> InvalidRequest:
     return InvalidRequest(f"Unknown parameter: '{path}'.", param=path, code="unknown_parameter")
 
@@ -125,7 +141,18 @@ def check_shape(kind: type[Struct], plain: Any) -> None:
 
     Keys beginning `x-` on tools pass; `gather_vendor_keys` puts them where the type has them.
     """
+    if isinstance(plain, dict) and "filters" in kind.__struct_fields__:
+        _check_nesting(plain.get("filters"))  # the one shape that holds itself, so that the walk would have no end
     _check(_shape(kind), plain, "")
+
+
+def _check_nesting(filters: Any) -> None:
+    level = [filters]
+    for _ in range(MAX_FILTER_DEPTH):
+        inner = [node.get("filters") for node in level if isinstance(node, dict)]
+        level = [node for nodes in inner if isinstance(nodes, list) for node in nodes]
+    if level:
+        raise nested_too_deeply("filters", MAX_FILTER_DEPTH)
 
 
 @cache
@@ -142,7 +169,7 @@ def _check(shape: inspect.Type, value: Any, path: str) -> None:
         case inspect.StrType() as text:
             _check_string(text, value, path)
         case inspect.LiteralType(values=values):
-            _check_choice(_as_declared(values), value, path)
+            _check_choice(as_declared(values), value, path)
         case inspect.IntType() | inspect.FloatType() as number:
             _check_number(number, value, path)
         case inspect.ListType() as array:
@@ -294,7 +321,7 @@ def _check_depth(value: Any, path: str) -> None:
         level = [item for node in level if isinstance(node, list | dict) for item in _items(node)]
         if not level:
             return
-    raise invalid(path, f"nested too deeply. Expected at most {MAX_DEPTH} levels.", "invalid_value")
+    raise nested_too_deeply(path, MAX_DEPTH)
 
 
 def _items(node: list[Any] | dict[str, Any]) -> Iterable[Any]:
@@ -346,7 +373,7 @@ def _expected(options: Iterable[inspect.Type]) -> str:
 
 def _name(shape: inspect.Type, alone: bool) -> str:
     if isinstance(shape, inspect.LiteralType):
-        return _choice(_as_declared(shape.values))
+        return _choice(as_declared(shape.values))
     if isinstance(shape, inspect.ListType) and not alone:
         return f"an array of {_name(shape.item_type, alone=True).split()[-1]}s"
     json_type = next((kind for kind, shapes in TAKES.items() if isinstance(shape, shapes)), dict)
@@ -358,7 +385,7 @@ def _choice(values: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"one of {listed(names, 'or')}"
 
 
-def _as_declared(values: Iterable[Any]) -> Sequence[str]:
+def as_declared(values: Iterable[Any]) -> Sequence[str]:
     """msgspec sorts the values of a Literal; the API lists them as the reference does, and so does objects.py."""
     found = frozenset(values)
     return _literals().get(found) or sorted(found)
@@ -416,6 +443,13 @@ def check_rules(body: Struct) -> None:
             _check_run(body)
             if body.thread is not None:
                 _check_thread(body.thread, "thread")
+        case objects.CreateVectorStore() | objects.CreateVectorStoreFile():
+            _check_chunking(body, "")
+        case objects.CreateFileBatch():
+            _check_batch(body)
+        case objects.SearchVectorStore(filters=filters) if filters:
+            if depth(filters) > MAX_FILTER_DEPTH:
+                raise nested_too_deeply("filters", MAX_FILTER_DEPTH)
 
 
 IMAGE_SCHEMES = ("https://", "http://", "data:image/")
@@ -480,18 +514,26 @@ def _check_resources(resources: objects.CreateToolResources | None, path: str) -
         return
     place = inside(path, "file_search")
     if search.vector_store_ids is not UNSET:
-        both = quoted([f"{place}.vector_store_ids", f"{place}.vector_stores"])
-        message = (
-            f"Mutually exclusive parameters: {listed(both, 'and')}. "
-            f"Ensure you are only providing one of: {listed(both, 'or')}."
-        )
-        raise InvalidRequest(message, param=place, code="mutually_exclusive_parameters")
+        raise mutually_exclusive(place, "vector_store_ids", "vector_stores")
     for index, store in enumerate(search.vector_stores):
         _check_chunking(store, inside(f"{place}.vector_stores", index))
 
 
-def _check_chunking(store: objects.NewVectorStore, path: str) -> None:
-    if isinstance(store.chunking_strategy, objects.StaticChunking):
-        sizes = store.chunking_strategy.static
-        place = f"{path}.chunking_strategy.static.chunk_overlap_tokens"
+def _check_batch(body: objects.CreateFileBatch) -> None:
+    if body.file_ids is UNSET and body.files is UNSET:
+        raise missing("file_ids")
+    if body.file_ids is not UNSET and body.files is not UNSET:
+        raise mutually_exclusive("", "file_ids", "files")
+    _check_chunking(body, "")
+    for index, file in enumerate(body.files or ()):
+        _check_chunking(file, inside("files", index))
+
+
+def _check_chunking(
+    body: objects.CreateVectorStore | objects.CreateVectorStoreFile | objects.CreateFileBatch | objects.NewVectorStore,
+    path: str,
+) -> None:
+    if isinstance(body.chunking_strategy, objects.StaticChunking):
+        sizes = body.chunking_strategy.static
+        place = inside(path, "chunking_strategy") + ".static.chunk_overlap_tokens"
         check_range(sizes.chunk_overlap_tokens, None, sizes.max_chunk_size_tokens // 2, place)

@@ -47,12 +47,12 @@ async def create_file(request: Request) -> Response:
         hashed.update(repr(new).encode())
         return new, await origin_of(request, hashed.hexdigest())
 
-    async with aclosing(_hashing(form.file(), hashed)) as chunks:
+    async with aclosing(hashing(form.file(), hashed)) as chunks:
         return reply(await files.create_file(house_of(request), project_of(request), chunks, finish))
 
 
-async def _hashing(chunks: AsyncIterator[bytes], hashed: Any) -> AsyncGenerator[bytes, None]:
-    """The body itself would not do: its boundary is another one each time."""
+async def hashing(chunks: AsyncIterator[bytes], hashed: Any) -> AsyncGenerator[bytes, None]:
+    """The same, fed to a hash of the request. The body itself would not do: its boundary is another one each time."""
     async for chunk in chunks:
         hashed.update(chunk)
         yield chunk

@@ -19,6 +19,7 @@ from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.lists import ListPage
+from afterglow.rows.search_results import filled_in
 from afterglow.runs import lifecycle
 from afterglow.threads import start_run, start_thread_and_run
 
@@ -95,12 +96,15 @@ async def submit_tool_outputs(request: Request) -> Response:
 async def list_run_steps(request: Request) -> Response:
     """GET /threads/{thread_id}/runs/{run_id}/steps"""
     thread_id, run_id, project = request.path_params["thread_id"], request.path_params["run_id"], project_of(request)
-    read_include(request)
+    with_content = bool(read_include(request))
 
     async def page(tx: Transaction, **cursor: Any) -> ListPage:
         if await run_rows.get_run_object(tx, project, thread_id, run_id) is None:
             raise await lifecycle.missing_run(tx, project, thread_id, run_id)
-        return await step_rows.list_steps(tx, project, run_id, **cursor)
+        found = await step_rows.list_steps(tx, project, run_id, **cursor)
+        if with_content and found is not None:
+            found = found._replace(objects=[await filled_in(tx, project, text) for text in found.objects])
+        return found
 
     return await reply_list(request, "run step", page)
 
@@ -109,12 +113,12 @@ async def retrieve_run_step(request: Request) -> Response:
     """GET /threads/{thread_id}/runs/{run_id}/steps/{step_id}"""
     thread_id, run_id = request.path_params["thread_id"], request.path_params["run_id"]
     step_id, project = request.path_params["step_id"], project_of(request)
-    read_include(request)
+    with_content = bool(read_include(request))
 
     async def work(tx: Transaction) -> str | None:
         text = await step_rows.get_step_object(tx, project, thread_id, run_id, step_id)
         if text is None and await run_rows.get_run_object(tx, project, thread_id, run_id) is None:
             raise await lifecycle.missing_run(tx, project, thread_id, run_id)
-        return text
+        return await filled_in(tx, project, text) if text is not None and with_content else text
 
     return await reply_stored(request, work, lambda: NotFound.of("run step", step_id))

@@ -22,6 +22,7 @@ _OF_A_THREAD = (
     "DELETE FROM thread_metadata WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM file_uses WHERE project_id = $1 AND holder = 'threads' AND holder_id = $2",
     "DELETE FROM sandbox_files WHERE project_id = $1 AND thread_id = $2",
+    "DELETE FROM search_results WHERE project_id = $1 AND thread_id = $2",
 )
 
 
