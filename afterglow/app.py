@@ -17,31 +17,37 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from afterglow.access import Access, check_exposure
-from afterglow.api import about, assistants, files, runs, threads
+from afterglow.api import about, assistants, files, inspection, runs, threads, uploads, vector_stores
 from afterglow.api import models as models_api
 from afterglow.api.description import describe
 from afterglow.api.edge import Edge
-from afterglow.contracts import ChatModels, Clock, CodeEngine, House, Store, Transaction
+from afterglow.contracts import ChatModels, Clock, CodeEngine, Embedder, House, SearchIndex, Store, Transaction
 from afterglow.declared import declare_assistants
+from afterglow.embeddings import EmbeddingServer
 from afterglow.errors import ConfigError, NotFound, StoreError
 from afterglow.events.local import LocalEvents
 from afterglow.files import sweep_blobs
+from afterglow.ingest.parse import Parsers
+from afterglow.ingest.pipeline import Parser, Pipeline
 from afterglow.llm import Models
 from afterglow.offline import OfflineModel
 from afterglow.outbound import GuardedFetcher
 from afterglow.queue.local import LocalQueue
 from afterglow.rows.requests import mark_answered
 from afterglow.rows.runs import release_leases
+from afterglow.rows.vector_store_files import release_jobs
 from afterglow.runs.worker import Worker
 from afterglow.sandbox.choice import FirstOf
 from afterglow.sandbox.docker import DockerEngine
 from afterglow.sandbox.local import NativeEngine
 from afterglow.sandbox.off import NoEngine
+from afterglow.search.embedded import EmbeddedIndex
 from afterglow.settings import Settings
 from afterglow.store.blobs import LocalBlobs
 from afterglow.store.sqlite import SqliteStore
 from afterglow.telemetry import log
 
+STORE = "/vector_stores/{vector_store_id}"
 # (method, path below /v1, what answers it)
 ROUTES = [
     ("POST", "/assistants", assistants.create_assistant),
@@ -60,6 +66,7 @@ ROUTES = [
     ("GET", "/threads/{thread_id}/messages/{message_id}", threads.retrieve_message),
     ("POST", "/threads/{thread_id}/messages/{message_id}", threads.modify_message),
     ("DELETE", "/threads/{thread_id}/messages/{message_id}", threads.delete_message),
+    ("GET", "/threads/{thread_id}/messages/{message_id}/citations", inspection.list_citations),
     ("POST", "/threads/{thread_id}/runs", runs.create_run),
     ("GET", "/threads/{thread_id}/runs", runs.list_runs),
     ("GET", "/threads/{thread_id}/runs/{run_id}", runs.retrieve_run),
@@ -73,6 +80,28 @@ ROUTES = [
     ("GET", "/files/{file_id}", files.retrieve_file),
     ("DELETE", "/files/{file_id}", files.delete_file),
     ("GET", "/files/{file_id}/content", files.retrieve_file_content),
+    ("POST", "/uploads", uploads.create_upload),
+    ("POST", "/uploads/{upload_id}/parts", uploads.create_upload_part),
+    ("POST", "/uploads/{upload_id}/complete", uploads.complete_upload),
+    ("POST", "/uploads/{upload_id}/cancel", uploads.cancel_upload),
+    ("POST", "/vector_stores", vector_stores.create_vector_store),
+    ("GET", "/vector_stores", vector_stores.list_vector_stores),
+    ("GET", STORE, vector_stores.retrieve_vector_store),
+    ("POST", STORE, vector_stores.modify_vector_store),
+    ("DELETE", STORE, vector_stores.delete_vector_store),
+    ("POST", f"{STORE}/search", vector_stores.search_vector_store),
+    ("POST", f"{STORE}/explain", inspection.explain_search),
+    ("POST", f"{STORE}/files", vector_stores.create_vector_store_file),
+    ("GET", f"{STORE}/files", vector_stores.list_vector_store_files),
+    ("GET", f"{STORE}/files/{{file_id}}", vector_stores.retrieve_vector_store_file),
+    ("POST", f"{STORE}/files/{{file_id}}", vector_stores.modify_vector_store_file),
+    ("DELETE", f"{STORE}/files/{{file_id}}", vector_stores.delete_vector_store_file),
+    ("GET", f"{STORE}/files/{{file_id}}/content", vector_stores.retrieve_vector_store_file_content),
+    ("GET", f"{STORE}/files/{{file_id}}/chunks", inspection.list_chunks),
+    ("POST", f"{STORE}/file_batches", vector_stores.create_file_batch),
+    ("GET", f"{STORE}/file_batches/{{batch_id}}", vector_stores.retrieve_file_batch),
+    ("POST", f"{STORE}/file_batches/{{batch_id}}/cancel", vector_stores.cancel_file_batch),
+    ("GET", f"{STORE}/file_batches/{{batch_id}}/files", vector_stores.list_files_of_batch),
     ("GET", "/models", models_api.list_models),
     ("GET", "/models/{model:path}", models_api.retrieve_model),
     ("DELETE", "/models/{model:path}", models_api.delete_model),
@@ -86,7 +115,6 @@ FORWARDED_METHODS = ["GET", "POST", "DELETE"]
 PREFIXES = ("/v1", "/openai/v1", "/openai")  # Azure clients leave the version to ?api-version=
 
 ANSWERED_FLUSH_S = 1.0
-ENGINES_OFF = {"file_search": "The file_search tool is not part of this version of Afterglow yet."}
 CODE_OFF = ("The setting code_interpreter is off.", "Set it to `auto`.")
 CORS_EXPOSED = ["x-request-id", "openai-poll-after-ms", "openai-processing-ms"]
 
@@ -102,7 +130,7 @@ class _Clock:
         return self._latest
 
 
-class _DataFolder:
+class DataFolder:
     """The data folder, locked: two servers on it would execute everything twice."""
 
     def __init__(self, path: Path) -> None:
@@ -134,6 +162,14 @@ def database_path(settings: Settings) -> Path:
     return Path(settings.data) / "afterglow.db"
 
 
+def blobs_path(settings: Settings) -> Path:
+    return Path(settings.data) / "blobs"
+
+
+def search_path(settings: Settings) -> Path:
+    return Path(settings.data) / "search"
+
+
 def build_models(settings: Settings) -> Models:
     """The model servers of the settings, or the offline model when there are none. Raises ConfigError."""
     return Models(settings, offline=OfflineModel())
@@ -150,6 +186,21 @@ def build_code_engine(settings: Settings) -> CodeEngine:
     return engines[settings.code_interpreter]()
 
 
+def build_embedder(settings: Settings) -> Embedder | None:
+    """The server of embeddings, if the settings name one. Raises ConfigError."""
+    return EmbeddingServer(settings) if settings.embedding_url else None
+
+
+def build_index(settings: Settings) -> SearchIndex:
+    """The search files of the data folder. Another process may be using them."""
+    return EmbeddedIndex(search_path(settings))
+
+
+def build_parser(settings: Settings) -> Parser:
+    """What reads documents; no process is started before the first one."""
+    return Parsers(settings.ingest_files, settings.parse_timeout_s, settings.parse_memory_mb)
+
+
 @contextlib.asynccontextmanager
 async def open_store(settings: Settings) -> AsyncIterator[Store]:
     """The data folder's database alone, also beside a running server. Raises ConfigError or StoreError."""
@@ -164,9 +215,10 @@ async def open_store(settings: Settings) -> AsyncIterator[Store]:
 class Application:
     """The whole server as one ASGI application. `start` before the first request, `close` after the last."""
 
-    def __init__(self, settings: Settings, house: House, worker: Worker, access: Access) -> None:
+    def __init__(self, settings: Settings, house: House, worker: Worker, pipeline: Pipeline, access: Access) -> None:
         self.house = house
         self.worker = worker
+        self.pipeline = pipeline
         self._answered: list[tuple[str, str]] = []
         self._marking: asyncio.Task[None] | None = None
         router = Router(_routes(), redirect_slashes=False, default=_no_route)
@@ -186,6 +238,7 @@ class Application:
     async def start(self) -> None:
         self.house.code_engine.start()
         await self.worker.start()
+        await self.pipeline.start()
         self._marking = asyncio.create_task(self._mark_forever())
 
     def _note_answered(self, project: str, request_id: str) -> None:
@@ -213,6 +266,7 @@ class Application:
 
     async def close(self) -> None:
         await self.worker.close()
+        await self.pipeline.close()
         await self.house.code_engine.close()
         await self.house.events.close()
         if self._marking is not None:
@@ -220,6 +274,9 @@ class Application:
         await self._mark()
         await self.house.models.close()
         await self.house.images.close()
+        if self.house.embedder is not None:
+            await self.house.embedder.close()
+        await self.house.index.close()
         await self.house.blobs.close()
         await self.house.store.close()
 
@@ -259,15 +316,19 @@ async def open_application(
     models: ChatModels | None = None,
     clock: Clock | None = None,
     code_engine: CodeEngine | None = None,
+    parser: Parser | None = None,
+    embedder: Embedder | None = None,
 ) -> AsyncIterator[Application]:
     """Build the laptop shape: everything in this process, on SQLite and a folder.
 
-    models, clock, code_engine: in place of the real ones, for tests. Raises ConfigError, with the way out, for
-    whatever is wrong before the first request.
+    models, clock, code_engine, parser, embedder: in place of the real ones, for tests. Raises ConfigError, with the
+    way out, for whatever is wrong before the first request.
     """
-    folder = _DataFolder(Path(settings.data))
+    folder = DataFolder(Path(settings.data))
     try:
-        application = await _build(settings, models or build_models(settings), clock or _Clock(), code_engine)
+        application = await _build(
+            settings, models or build_models(settings), clock or _Clock(), code_engine, parser, embedder
+        )
         await application.start()
         try:
             yield application
@@ -277,7 +338,14 @@ async def open_application(
         folder.close()
 
 
-async def _build(settings: Settings, models: ChatModels, clock: Clock, code_engine: CodeEngine | None) -> Application:
+async def _build(
+    settings: Settings,
+    models: ChatModels,
+    clock: Clock,
+    code_engine: CodeEngine | None,
+    parser: Parser | None = None,
+    embedder: Embedder | None = None,
+) -> Application:
     store = SqliteStore(database_path(settings))
     await check_exposure(settings, store)
     events = LocalEvents(store, clock, flush_ms=settings.event_flush_ms, keep_alive_s=settings.keep_alive_s)
@@ -289,15 +357,20 @@ async def _build(settings: Settings, models: ChatModels, clock: Clock, code_engi
         queue=LocalQueue(),
         models=models,
         images=GuardedFetcher(allow_private=settings.private_images),
-        blobs=LocalBlobs(Path(settings.data) / "blobs"),
+        blobs=LocalBlobs(blobs_path(settings)),
         code_engine=code_engine or build_code_engine(settings),
-        engines_off=ENGINES_OFF,
+        ingest_queue=LocalQueue(),
+        index=build_index(settings),
+        embedder=embedder or build_embedder(settings),
     )
     events.start()
     # Nobody else can be at work on this folder: whatever was in progress may be taken over at once.
     if left := await store.write(release_leases):
         log.warning("%d runs were in progress when the server last stopped; they go on now.", left)
+    if left := await store.write(release_jobs):
+        log.warning("%d files were being indexed when the server last stopped; they are indexed now.", left)
     await sweep_blobs(house, math.inf)
     if settings.assistants:
         await declare_assistants(house, settings.assistants)
-    return Application(settings, house, Worker(house), Access(settings, store, clock))
+    pipeline = Pipeline(house, parser or build_parser(settings))
+    return Application(settings, house, Worker(house), pipeline, Access(settings, store, clock))

@@ -12,7 +12,7 @@ from afterglow.rows import assistants as assistant_rows
 from afterglow.rows.assistants import Asked, AssistantRow
 from afterglow.rows.requests import Origin, insert_request
 from afterglow.runs.lifecycle import plain
-from afterglow.threads import checked_resources
+from afterglow.threads import checked_resources, wake_for_files
 from afterglow.tools.function import stored_form
 
 SAMPLING = ("temperature", "top_p", "response_format", "reasoning_effort")
@@ -23,14 +23,16 @@ async def create_assistant(house: House, project: str, body: CreateAssistant, or
     now = house.clock.now()
 
     async def work(tx: Transaction) -> Assistant:
-        resources = await checked_resources(tx, project, body.tool_resources, now)
+        resources = await checked_resources(tx, house, project, body.tool_resources)
         row = new_assistant(body, new_id("asst"), int(now))
         row.assistant.tool_resources = resources
         await assistant_rows.put_assistant(tx, project, row, round(now * 1_000_000))
         await insert_request(tx, project, origin, row.assistant.id, int(now))
         return row.assistant
 
-    return await house.store.write(work)
+    assistant = await house.store.write(work)
+    wake_for_files(house, assistant.tool_resources)
+    return assistant
 
 
 def new_assistant(body: CreateAssistant, assistant_id: str, created_at: int, *, declared: bool = False) -> AssistantRow:
@@ -75,7 +77,7 @@ async def modify_assistant(house: House, project: str, assistant_id: str, body: 
         if body.metadata is not UNSET:
             assistant.metadata = body.metadata or {}
         if body.tool_resources is not UNSET:
-            assistant.tool_resources = await checked_resources(tx, project, body.tool_resources, house.clock.now())
+            assistant.tool_resources = await checked_resources(tx, house, project, body.tool_resources)
         for name in SAMPLING:
             if (value := getattr(body, name)) is not UNSET:
                 setattr(asked, name, plain(value))

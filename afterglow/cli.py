@@ -67,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     importing.add_argument("--dry-run", action="store_true", help="only report what would be taken, guessed or lost")
     exporting = _command(commands, "export", _export, "write assistants, threads and messages to a file")
     exporting.add_argument("path", type=Path, metavar="PATH", help="a JSONL file")
+    backup = _command(commands, "backup", _backup, "copy the data folder, also while it is being served")
+    backup.add_argument("path", type=Path, metavar="DIR", help="a new or empty folder")
+    restore = _command(commands, "restore", _restore, "make a data folder of a backup")
+    restore.add_argument("path", type=Path, metavar="DIR", help="the folder of the backup")
+    for command in (backup, restore):
+        _data_flags(command)
     for command in (importing, exporting):
         command.add_argument("--project", default="default", help="the project they belong to (default: default)")
         _data_flags(command)
@@ -216,6 +222,20 @@ def _export(options: argparse.Namespace) -> int:
     for line in report.lines():
         print(line)
     return 0 if report.ok else 1
+
+
+def _backup(options: argparse.Namespace) -> int:
+    from afterglow.backup import back_up
+
+    back_up(_load(options), options.path, partial(print, flush=True))
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from afterglow.backup import restore
+
+    restore(_load(options), options.path, partial(print, flush=True))
+    return 0
 
 
 def _sandbox_setup(options: argparse.Namespace) -> int:

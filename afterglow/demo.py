@@ -2,8 +2,9 @@
 
 An assistant with the code interpreter and a function is asked about a table. The run is followed by polling, pauses
 for the function, and goes on: the model writes Python, which runs in the sandbox, and what it made is downloaded. A
-second question is streamed. Where no sandbox can be had the demo says so and tells the rest. Nothing leaves this
-machine unless a model server is named. The table, `demo_data/sales.csv`, is made up.
+second question is streamed. Where no sandbox can be had the demo says so and tells the rest. A second assistant
+searches a page of our documentation, and what its answer cites is looked up in the file. Nothing leaves this machine
+unless a model server is named. The table, `demo_data/sales.csv`, is made up.
 """
 
 from __future__ import annotations
@@ -29,15 +30,19 @@ if TYPE_CHECKING:
 
 OLLAMA = "http://127.0.0.1:11434"
 SALES = Path(__file__).parent / "demo_data" / "sales.csv"
+DOCUMENT = Path(__file__).parent / "demo_data" / "runs.md"  # a link to the page in docs/, a copy in the wheel
 ENGINE_SETTLES_S = 30  # longer only when docker builds its image; the run then waits for it
 SHOWN_LINES = 24  # of a cell's code
 PRINTED_LINES = 6  # of what it printed
+QUOTED_LINES = 10  # of a passage that is cited
+PASSAGE_TOKENS = 150  # short ones, which can be read here at a glance
 WIDTH = 110
 KEPT_SETTINGS = ("AFTERGLOW_CODE_INTERPRETER", "AFTERGLOW_SANDBOX_ENV")  # of the environment; the story sets the rest
 
 QUESTION = "Analyze sales.csv: how did revenue develop in 2025, and did each region reach its sales target?"
 SECOND_QUESTION = "Which product sold the most units?"
 SECOND_WITHOUT_CODE = "What was the sales target of the North in 2025?"
+DOCUMENT_QUESTION = "When does a run expire, and do tool outputs give it more time?"
 INSTRUCTIONS = (
     "You are the analyst of a small lamp shop. Use Python for figures, draw a chart when it helps, and save the main"
     " table as /mnt/data/summary.csv and link to it. Targets come from get_sales_targets."
@@ -140,6 +145,7 @@ def _story(url: str, model: str, *, runs_code: bool) -> None:
     client.beta.threads.messages.create(thread.id, role="user", content=question)
     print(f"  you        {question}")
     _follow_by_streaming(client, thread.id, assistant.id)
+    _search_a_document(client, model)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------
@@ -303,6 +309,91 @@ def _tell(events: Iterable[Any]) -> Any:
 
 def _text(content: Iterable[Any]) -> str:
     return "".join(part.text.value or "" for part in content if part.type == "text" and part.text)
+
+
+# --- the document ----------------------------------------------------------------------------------------------
+
+
+def _search_a_document(client: OpenAI, model: str) -> None:
+    _heading("A document, an assistant that searches it, and a question")
+    store = client.vector_stores.create(name="Our documentation")
+    file = client.files.create(file=DOCUMENT, purpose="assistants")
+    indexed = client.vector_stores.files.create_and_poll(
+        file.id,
+        vector_store_id=store.id,
+        chunking_strategy={
+            "type": "static",
+            "static": {"max_chunk_size_tokens": PASSAGE_TOKENS, "chunk_overlap_tokens": PASSAGE_TOKENS // 3},
+        },
+        poll_interval_ms=20,
+    )
+    if indexed.status != "completed":
+        raise SystemExit(f"{file.filename} could not be indexed: {indexed.last_error and indexed.last_error.message}")
+    assistant = client.beta.assistants.create(
+        model=model,
+        name="Librarian",
+        instructions="Answer from the files, and cite them.",
+        tools=[{"type": "file_search"}],
+        tool_resources={"file_search": {"vector_store_ids": [store.id]}},
+    )
+    print(f"  file       {file.id}: {file.filename}, {_size(file.bytes)}, a page of our documentation")
+    print(f"  store      {store.id}: a vector store with that file, indexed on this machine")
+    print(f"  assistant  {assistant.id}: may search the store")
+    print(f"  you        {DOCUMENT_QUESTION}")
+    run = client.beta.threads.create_and_run_poll(
+        assistant_id=assistant.id,
+        thread={"messages": [{"role": "user", "content": DOCUMENT_QUESTION}]},
+        poll_interval_ms=20,
+    )
+    if run.status != "completed":
+        raise SystemExit(f"The run ended as {run.status}: {_reason(run)}")
+    _show_searches(client, run)
+    _show_sources(client, run)
+
+
+def _show_searches(client: OpenAI, run: Any) -> None:
+    for step in client.beta.threads.runs.steps.list(run.id, thread_id=run.thread_id, order="asc"):
+        calls = step.step_details.tool_calls if step.step_details.type == "tool_calls" else []
+        for call in (call for call in calls if call.type == "file_search"):
+            queries: Any = call.file_search.to_dict()["x-queries"]  # an extension of ours
+            for number, query in enumerate(queries):
+                print(f"  {'' if number else 'searches':<10} {query}")
+            print(f"  finds      {len(call.file_search.results or [])} passages")
+
+
+def _show_sources(client: OpenAI, run: Any) -> None:
+    """The answer; then each passage that it cites, once, and whether the file says so."""
+    _heading("The answer, and what it cites")
+    sources: dict[str, Any] = {}
+    for message in client.beta.threads.messages.list(run.thread_id, run_id=run.id, order="asc"):
+        print("  assistant")
+        for part in message.content:
+            if part.type == "text":
+                for line in part.text.value.strip().splitlines():
+                    print(textwrap.indent(textwrap.fill(line, WIDTH), "    "))
+        sources |= {source["text"]: source for source in _citations(client, message)}
+    for source in sources.values():
+        _show_source(source)
+    if not sources:
+        print("  It cites nothing.")
+
+
+def _citations(client: OpenAI, message: Any) -> Any:
+    """What the server knows of each citation: an extension of ours, which the client calls by its path."""
+    path = f"/threads/{message.thread_id}/messages/{message.id}/citations"
+    answer: Any = client.get(path, cast_to=object)
+    return answer["data"]
+
+
+def _show_source(source: Any) -> None:
+    if source["quote"] is None:
+        print(f"  {source['text']} is from {source['filename']}; the passage is gone")
+        return
+    place = f"characters {source['start_index']:,} to {source['end_index']:,}"
+    found = "verified: it stands there" if source["verified"] else "not verified: it does not stand there any more"
+    print(f"  {source['text']} is from {source['filename']}, {place}; {found}")
+    paragraphs = source["quote"].split("\n\n")
+    _show_lines("\n\n".join(textwrap.fill(paragraph, WIDTH) for paragraph in paragraphs), QUOTED_LINES)
 
 
 # --- around it -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from afterglow import __version__
 from afterglow.access import check_exposure
-from afterglow.app import ENGINES_OFF, build_code_engine, build_models, database_path, open_store
+from afterglow.app import build_code_engine, build_models, database_path, open_store
 from afterglow.contracts import EngineStatus, Transaction
 from afterglow.errors import AfterglowError
 from afterglow.settings import Settings
@@ -39,7 +39,6 @@ def examine(settings: Settings, say: Callable[[str], None]) -> int:
     found = [*_versions(), *_limits(), *asyncio.run(_database(settings)), *_folder(settings)]
     found += asyncio.run(_models(settings))
     found += _code_interpreter(settings, asyncio.run(_try_engine(settings)))
-    found += [Finding(None, reason) for reason in ENGINES_OFF.values()]
     _report(found, say)
     wrong = sum(finding.ok is False for finding in found)
     say(f"\n{wrong} of {len(found)} findings want mending." if wrong else "\nAll is well.")

@@ -3,11 +3,12 @@
 It sees what a real model would see, a ChatRequest, and nothing else: no clock, no files, no state. The same request
 gets the same answer, call ids included. How a request becomes deltas:
 
-    messages ── _read ──> Talk ── _calls ──> function calls, while some function fits and was not called yet,
-                               │             then the next cell of Python, while there is one to run
+    messages ── _read ──> Talk ── _calls ──> a search of the files, and function calls, while some function fits and
+                               │             was not called yet, then the next cell of Python, while there is one
                                └─ _answer ─> text: ANSWERS in order, the first rule that knows something
 
-What a text holds and how it fills a JSON schema is in `offline_values.py`, what Python is run for in `offline_code.py`.
+What a text holds and how it fills a JSON schema is in `offline_values.py`, what Python is run for in `offline_code.py`,
+what is searched for in files in `offline_search.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -26,7 +27,10 @@ import msgspec
 
 from afterglow.contracts import ChatRequest, Delta, ModelEnd, ModelInfo, TextDelta, ToolCallDelta
 from afterglow.objects import Json, Usage
-from afterglow.offline_code import DESCRIBED, RESTARTED, Listing, Work, find_files, find_work
+from afterglow.offline_code import DESCRIBED as RUNS_PYTHON
+from afterglow.offline_code import RESTARTED, Listing, Work, find_files, find_work
+from afterglow.offline_search import DESCRIBED as SEARCHES_FILES
+from afterglow.offline_search import OF_DOCUMENTS, cited, queries_for, rarity, statements_of
 from afterglow.offline_tables import find_figures
 from afterglow.offline_values import (
     COMMON_STEMS,
@@ -92,7 +96,7 @@ class Call(NamedTuple):
 
 
 def _deltas(request: ChatRequest) -> Iterator[Delta]:
-    talk = _read(request.messages, _python_tool(request.tools))
+    talk = _read(request.messages, _described(request.tools, RUNS_PYTHON), _described(request.tools, SEARCHES_FILES))
     calls = _calls(request, talk)
     if calls:
         yield from _call_deltas(request, calls)
@@ -177,11 +181,12 @@ class Done:
 class Talk:
     """The conversation as the rules see it. told: earlier user messages and tool outputs, oldest first.
 
-    done: calls made since the newest user message, by call id; rounds: in how many turns. python: the name of the tool
-    that runs Python, "" when there is none; work: what it is used for.
+    done: calls made since the newest user message, by call id; rounds: in how many turns. python, search: the names of
+    the tools that run Python and search files, "" when there is none; work: what Python is used for.
     """
 
     python: str = ""
+    search: str = ""
     system: str = ""
     newest: str = ""
     images: bool = False
@@ -193,17 +198,24 @@ class Talk:
     @property
     def answered(self) -> list[Done]:
         """The calls of the caller's functions."""
-        return [done for done in self.done.values() if not self.python or done.name != self.python]
+        return [done for done in self.done.values() if done.name not in (self.python, self.search)]
 
     @property
     def printed(self) -> list[str]:
         """What the cells gave that were run for the newest message."""
-        outputs = (done.output for done in self.done.values() if self.python and done.name == self.python)
-        return [RESTARTED.sub("", output) for output in outputs]
+        return [RESTARTED.sub("", output) for output in self._outputs_of(self.python)]
+
+    @property
+    def shown(self) -> list[str]:
+        """What the searches gave that were made for the newest message."""
+        return self._outputs_of(self.search)
+
+    def _outputs_of(self, tool: str) -> list[str]:
+        return [done.output for done in self.done.values() if tool and done.name == tool]
 
 
-def _read(messages: list[Json], python: str) -> Talk:
-    talk = Talk(python)
+def _read(messages: list[Json], python: str, search: str) -> Talk:
+    talk = Talk(python, search)
     for message in messages:
         match message["role"]:
             case "system" | "developer":
@@ -274,30 +286,32 @@ NEXT = re.compile(r"\b(?:then|after that|afterwards|finally)\b", re.I)
 def _calls(request: ChatRequest, talk: Talk) -> list[Call]:
     """The calls that are due now: what the newest message asks for, less what was already called.
 
-    The caller's functions come before Python, which can then use what they told.
+    Files are searched beside the first of the caller's functions. These come before Python, which can then use what
+    they told.
     """
     tools = [tool["function"] for tool in request.tools if tool["type"] == "function"]
-    functions = [_function(made) for made in tools if made["name"] != talk.python]
+    functions = [_function(made) for made in tools if made["name"] not in (talk.python, talk.search)]
     if request.tool_choice == "none":
         return []
     text = ends_of(talk.newest)
     talk.work = _work(request.tool_choice, talk, functions, text)
     if talk.rounds >= MAX_ROUNDS:
         return []
-    choice = "auto" if talk.work and request.tool_choice == "required" else request.tool_choice
+    queries = _queries(request.tool_choice, talk, functions, text)
+    choice = "auto" if (talk.work or queries) and request.tool_choice == "required" else request.tool_choice
     wanted = _chosen(choice, functions, text, bool(talk.done)) if functions else []
     due = _not_done(_planned(wanted, talk, text), talk.answered)
-    calls = [Call(each.name, _json_text(each.arguments)) for each in due if each.stage == due[0].stage]
+    calls = [Call(talk.search, _json_text({"queries": queries}))] if queries else []
+    calls += [Call(each.name, _json_text(each.arguments)) for each in due if each.stage == due[0].stage]
     if not calls and talk.work and (code := talk.work.next_code(talk.printed)):
         calls = [Call(talk.python, _json_text({"code": code}))]
     return calls[:1] if request.parallel_tool_calls is False else calls
 
 
-def _python_tool(tools: list[Json]) -> str:
-    """The name of the tool that runs Python, or ""."""
+def _described(tools: list[Json], start: str) -> str:
+    """The name of the tool whose description begins so, or ""."""
     functions = (tool["function"] for tool in tools if tool["type"] == "function")
-    told = (made["name"] for made in functions if str(made.get("description") or "").startswith(DESCRIBED))
-    return next(told, "")
+    return next((made["name"] for made in functions if str(made.get("description") or "").startswith(start)), "")
 
 
 def _function(made: Json) -> Function:
@@ -315,15 +329,35 @@ def _function(made: Json) -> Function:
 
 def _work(choice: Any, talk: Talk, functions: list[Function], text: str) -> Work | None:
     """What Python is to be used for under this tool_choice."""
-    named = isinstance(choice, dict) and as_dict(choice.get("function")).get("name")
-    if not talk.python or named not in (False, talk.python):
+    named = _named(choice)
+    if not talk.python or named not in ("", talk.python):
         return None
     figures = [each for done in talk.answered for each in find_figures(done.name, parsed(done.output))]
     question = text if len(text) <= LONG_CHARS else _ask_and_body(text)[0]
     fits = bool(functions and _wanted(functions, text))
     work = find_work(talk.newest, question, find_files(talk.system), figures, fits)
-    demanded = named or (choice == "required" and not functions)
+    demanded = named or (choice == "required" and not functions and not talk.search)
     return work or (Listing() if demanded else None)
+
+
+def _named(choice: Any) -> str:
+    """The function that a tool_choice demands, or ""."""
+    return str(as_dict(as_dict(choice).get("function")).get("name", ""))
+
+
+def _queries(choice: Any, talk: Talk, functions: list[Function], text: str) -> list[str]:
+    """What to search the files for, once for each message, under this tool_choice."""
+    named = _named(choice)
+    if not talk.search or talk.shown or named not in ("", talk.search):
+        return []
+    ask, body = _ask_and_body(text)
+    if not (named or (choice == "required" and not functions)):
+        fits = bool(functions and _wanted(functions, text))
+        if talk.work or _is_long(body) or (fits and not OF_DOCUMENTS.search(ask)):
+            return []
+        if any(rule(talk) for rule in NEED_NO_FILES):
+            return []
+    return queries_for(ask) or ["*"]
 
 
 def _chosen(choice: Any, functions: list[Function], text: str, answered: bool) -> list[Wanted]:
@@ -465,11 +499,28 @@ def _ordered(talk: Talk) -> str:
 
 
 def _report(talk: Talk) -> str:
-    """What Python and the functions answered."""
+    """What the files, Python and the functions answered."""
     found = talk.work.findings(talk.printed) if talk.work else ""
     used = talk.work.used(talk.printed) if talk.work else ""
     told = "\n".join(_reported(done, talk.newest) for done in talk.answered if done.name != used)
-    return "\n\n".join(filter(None, (found, told)))
+    return "\n\n".join(filter(None, (_cited(talk), found, told)))
+
+
+def _cited(talk: Talk) -> str:
+    """What the files say, each sentence with the marker of its passage."""
+    if not talk.shown:
+        return ""
+    ask = _ask_and_body(ends_of(talk.newest))[0]
+    stated = {each.text: each for each in statements_of(talk.shown) if not ASKING.search(each.text)}
+    weights = rarity(list(stated))
+    # Of a question with parts that other tools answer, the part that files know something about.
+    parts = [ask, *(ask[start:end] for start, end, _ in _clauses(ask) if len(stems_of(ask[start:end])) > 1)]
+    best = next(filter(None, (_matching(part, list(stated), 4, weights=weights) for part in parts)), [])
+    # Passages overlap, so that one of them may begin or end in the middle of a sentence that another has whole.
+    whole = [text for text in best if not any(text != other and text in other for other in best)]
+    if not whole:
+        return f'The files say nothing about "{clipped(" ".join(topic_of(ask).split()), 80)}" that I can find.'
+    return f"The files say: {cited([stated[text] for text in whole[:2]])}"
 
 
 def _reported(done: Done, question: str) -> str:
@@ -556,7 +607,7 @@ def _greeting(talk: Talk) -> str:
 def _identity(talk: Talk) -> str:
     if not IDENTITY.search(ends_of(talk.newest)):
         return ""
-    can = "call your functions, run Python on your tables, do sums, and count, summarise and quote your text"
+    can = "call your functions, search your files, run Python on tables, do sums, and count, summarise and quote text"
     return f"I am {LABEL}. I {can}. {REMEDY}"
 
 
@@ -629,6 +680,9 @@ def _summary(talk: Talk) -> str:
     return " ".join(_central(sentences_of(_document(talk)), size))
 
 
+NO_WEIGHTS: Mapping[str, float] = {}
+
+
 def _central(sentences: list[str], size: int) -> list[str]:
     """The sentences whose words come most often in all of them, in their order; the first has a small advantage."""
     stems = [stems_of(sentence) for sentence in sentences]
@@ -638,9 +692,14 @@ def _central(sentences: list[str], size: int) -> list[str]:
     return [sentences[index] for index in sorted(best[:size])]
 
 
-def _matching(question: str, sentences: list[str], size: int, least: float = 0.3) -> list[str]:
-    """The sentences that share most words with a question, best first; `least` is the share of its words."""
-    asked = set(stems_of(question)) - ASKED_OF_TEXTS
+def _matching(
+    question: str, sentences: list[str], size: int, least: float = 0.3, weights: Mapping[str, float] = NO_WEIGHTS
+) -> list[str]:
+    """The sentences that share most words with a question, best first; `least` is the share of its words.
+
+    weights: how much a stem counts; 1 when it is not among them.
+    """
+    asked = {stem: weights.get(stem, 1.0) for stem in stems_of(question) if stem not in ASKED_OF_TEXTS}
     scored = [(_share(question, asked, sentence), sentence) for sentence in sentences]
     best = sorted((each for each in scored if each[0] > least), key=lambda each: -each[0])
     return [sentence for share, sentence in best[:size] if share >= 0.7 * best[0][0]]
@@ -657,8 +716,9 @@ EVIDENCE = (
 )
 
 
-def _share(question: str, asked: set[str], sentence: str) -> float:
-    shared = len(asked.intersection(stems_of(sentence))) / max(1, len(asked))
+def _share(question: str, asked: Mapping[str, float], sentence: str) -> float:
+    stems = set(stems_of(sentence))
+    shared = sum(weight for stem, weight in asked.items() if stem in stems) / (sum(asked.values()) or 1)
     fits = any(asks.search(question) and has.search(sentence) for asks, has in EVIDENCE)
     return shared * (1.3 if fits else 1.0)
 
@@ -699,6 +759,7 @@ ANSWERS: tuple[Callable[[Talk], str], ...] = (
     _quote,
     _noted,
 )
+NEED_NO_FILES = (_ordered, _echo, _count_up, _greeting, _identity, _arithmetic, _noted)
 
 
 def _one_word(answer: str, talk: Talk, match: re.Match[str]) -> str:

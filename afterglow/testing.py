@@ -1,11 +1,12 @@
 """Stand-ins for tests, ours and those of apps: a model that says what it is told, a code interpreter that does what it
-is told, and a clock that can be set."""
+is told, a parser and an embedder without processes and servers, and a clock that can be set."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -14,6 +15,7 @@ from afterglow.contracts import (
     CellEnd,
     CellOutput,
     ChatRequest,
+    Chunk,
     Delta,
     EngineStatus,
     Forwarded,
@@ -24,6 +26,8 @@ from afterglow.contracts import (
     ToolCallDelta,
 )
 from afterglow.errors import ModelError, NotFound, SandboxError, SessionLost
+from afterglow.ingest.extract import EMPTY, Extracted, Unreadable
+from afterglow.ingest.parse import Parsed
 from afterglow.objects import Usage
 
 Saying = list[Delta | ModelError | asyncio.Event]
@@ -204,6 +208,57 @@ class ScriptedEngine:
     async def close(self) -> None:
         for session in self.sessions:
             await session.close()
+
+
+class ScriptedParser:
+    """A parser for the pipeline of vector stores that reads UTF-8 text and makes each paragraph a chunk.
+
+    parsed: names of the files that were read, with the sizes asked for. fails: what is raised, by file name. holds:
+    files that wait for an event, by name.
+    """
+
+    def __init__(self) -> None:
+        self.parsed: list[tuple[str, int, int]] = []
+        self.fails: dict[str, Exception] = {}
+        self.holds: dict[str, asyncio.Event] = {}
+
+    async def parse(self, name: str, data: AsyncIterator[bytes], max_tokens: int, overlap_tokens: int) -> Parsed:
+        text = b"".join([piece async for piece in data]).decode()
+        self.parsed.append((name, max_tokens, overlap_tokens))
+        if name in self.holds:
+            await self.holds[name].wait()
+        if name in self.fails:
+            raise self.fails[name]
+        if not text:
+            raise Unreadable("invalid_file", EMPTY)
+        places = [found.span() for found in re.finditer(r"[^\n]+", text)]
+        chunks = [
+            Chunk(index, text[start:end], start, end, None, len(text[start:end].split()))
+            for index, (start, end) in enumerate(places)
+        ]
+        return Parsed(Extracted(text), chunks)
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class ScriptedEmbedder:
+    """A `contracts.Embedder` whose vectors count letters. asked: the texts of each request. errors: raised by the next
+    requests, in order; None lets one pass."""
+
+    def __init__(self, model: str = "letters") -> None:
+        self.model = model
+        self.asked: list[list[str]] = []
+        self.errors: list[ModelError | None] = []
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        self.asked.append(list(texts))
+        if self.errors and (error := self.errors.pop(0)):
+            raise error
+        return [[1.0 + text.lower().count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for text in texts]
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
 
 
 class SetClock:

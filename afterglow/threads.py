@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from afterglow.contracts import House, Segment, Transaction
 from afterglow.errors import InvalidRequest, NotFound, ThreadBusy
@@ -17,13 +17,16 @@ from afterglow.files import check_files
 from afterglow.ids import new_id
 from afterglow.objects import (
     AttachedCodeInterpreter,
+    AttachedFileSearch,
     Attachment,
+    CreateFileSearchResources,
     CreateMessage,
     CreateRun,
     CreateThread,
     CreateThreadAndRun,
     CreateToolResources,
     ImageFileInput,
+    Json,
     Message,
     ModifyMessage,
     ModifyThread,
@@ -37,6 +40,7 @@ from afterglow.rows import threads as thread_rows
 from afterglow.rows.requests import Origin, insert_request
 from afterglow.runs.lifecycle import Happened, expire_if_due, free_thread, insert_run, tell
 from afterglow.runs.transcript import error_event
+from afterglow.vector_stores import attach_to_thread, check_stores, insert_store_of
 
 MAX_CODE_FILES = 20  # of a thread, and of an assistant
 
@@ -51,7 +55,15 @@ async def create_thread(house: House, project: str, body: CreateThread, origin: 
         await insert_request(tx, project, origin, thread.id, thread.created_at)
         return thread
 
-    return msgspec.json.encode(await house.store.write(work)).decode()
+    thread = await house.store.write(work)
+    wake_for_files(house, thread.tool_resources)
+    return msgspec.json.encode(thread).decode()
+
+
+def wake_for_files(house: House, tool_resources: Json) -> None:
+    """After the commit: there may be files to be indexed."""
+    if tool_resources.get("file_search"):
+        house.ingest_queue.wake()
 
 
 async def insert_thread(tx: Transaction, house: House, project: str, body: CreateThread) -> Thread:
@@ -60,12 +72,14 @@ async def insert_thread(tx: Transaction, house: House, project: str, body: Creat
         id=new_id("thread"),
         created_at=int(now),
         metadata=body.metadata or {},
-        tool_resources=await checked_resources(tx, project, body.tool_resources, now),
+        tool_resources=await checked_resources(
+            tx, house, project, body.tool_resources, house.settings.thread_store_days
+        ),
     )
     await thread_rows.insert_thread(tx, project, thread, round(now * 1_000_000))
     if not body.messages:
         return thread
-    await insert_messages(tx, project, thread.id, body.messages, int(now))
+    await insert_messages(tx, house, project, thread.id, body.messages, int(now))
     with_attachments = await thread_rows.get_thread(tx, project, thread.id)
     assert with_attachments is not None
     return with_attachments
@@ -79,7 +93,7 @@ async def modify_thread(house: House, project: str, thread_id: str, body: Modify
         if body.metadata is not UNSET:
             thread.metadata = body.metadata or {}
         if body.tool_resources is not UNSET:
-            thread.tool_resources = await checked_resources(tx, project, body.tool_resources, house.clock.now())
+            thread.tool_resources = await checked_resources(tx, house, project, body.tool_resources)
         await thread_rows.update_thread(tx, project, thread)
         return thread
 
@@ -117,12 +131,13 @@ async def start_run(
 
     async def work(tx: Transaction) -> tuple[Happened | None, Happened]:
         expired = await free_thread(tx, house, project, thread_id)
-        await insert_messages(tx, project, thread_id, body.additional_messages or [], now)
+        await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
         happened = await insert_run(tx, house, project, thread_id, body, include)
         await insert_request(tx, project, origin, happened.run.id, now)
         return expired, happened
 
     expired, happened = await house.store.write(work)
+    _wake_for_messages(house, body.additional_messages or [])
     tell(house, expired)
     tell(house, happened)
     return happened
@@ -135,12 +150,13 @@ async def start_thread_and_run(
 
     async def work(tx: Transaction) -> tuple[Thread, Happened]:
         thread = await insert_thread(tx, house, project, body.thread or CreateThread())
-        resources = await checked_resources(tx, project, body.tool_resources, house.clock.now())
+        resources = await checked_resources(tx, house, project, body.tool_resources)
         happened = await insert_run(tx, house, project, thread.id, body, include, resources)
         await insert_request(tx, project, origin, happened.run.id, happened.run.created_at)
         return thread, happened
 
     thread, happened = await house.store.write(work)
+    wake_for_files(house, thread.tool_resources)
     tell(house, happened)
     return thread, happened
 
@@ -157,23 +173,24 @@ async def create_message(house: House, project: str, thread_id: str, body: Creat
         expired = await expire_if_due(tx, house, active) if active else None
         if active and expired is None:
             raise ThreadBusy.for_message(thread_id, active.run.id)
-        [message] = await insert_messages(tx, project, thread_id, [body], now)
+        [message] = await insert_messages(tx, house, project, thread_id, [body], now)
         await insert_request(tx, project, origin, message.id, now)
         return message, expired
 
     message, expired = await house.store.write(work)
+    _wake_for_messages(house, [body])
     tell(house, expired)
     return message
 
 
 async def insert_messages(
-    tx: Transaction, project: str, thread_id: str, bodies: Sequence[CreateMessage], now: int
+    tx: Transaction, house: House, project: str, thread_id: str, bodies: Sequence[CreateMessage], now: int
 ) -> list[Message]:
     """Append messages in order. Raises NotFound for the thread, or for a file that is named and not there."""
     seq = await thread_rows.take_seq(tx, project, thread_id, len(bodies))
     if seq is None:
         raise NotFound.of("thread", thread_id)
-    await _take_files(tx, project, thread_id, bodies, now)
+    await _take_files(tx, house, project, thread_id, bodies, now)
     messages = []
     for offset, body in enumerate(bodies):
         message = Message(
@@ -234,31 +251,45 @@ async def _missing(tx: Transaction, project: str, thread_id: str, otherwise: Not
     return NotFound.of("thread", thread_id) if found is None else otherwise
 
 
-# --- files, and the stores that later work brings --------------------------------------------------------------
+# --- files and vector stores -----------------------------------------------------------------------------------
 
 
 async def _take_files(
-    tx: Transaction, project: str, thread_id: str, bodies: Sequence[CreateMessage], now: float
+    tx: Transaction, house: House, project: str, thread_id: str, bodies: Sequence[CreateMessage], now: float
 ) -> None:
-    """Make sure that the files of new messages are there, and give those attached for code to the thread.
+    """Make sure that the files of new messages are there, and give those that are attached for a tool to the thread.
 
-    Raises NotFound, or InvalidRequest when these are too many.
+    Raises NotFound; InvalidRequest when there are too many for code, or the thread's vector store has expired.
     """
     attachments = [attachment for body in bodies for attachment in body.attachments or []]
     parts = [part for body in bodies if not isinstance(body.content, str) for part in body.content]
     shown = [part.image_file.file_id for part in parts if isinstance(part, ImageFileInput)]
     await check_files(tx, project, [*(attachment.file_id for attachment in attachments), *shown], now)
-    if for_code := [attachment.file_id for attachment in attachments if _is_for_code(attachment)]:
-        await _attach_to_thread(tx, project, thread_id, for_code)
-
-
-def _is_for_code(attachment: Attachment) -> bool:
-    return attachment.tools is not UNSET and any(isinstance(tool, AttachedCodeInterpreter) for tool in attachment.tools)
-
-
-async def _attach_to_thread(tx: Transaction, project: str, thread_id: str, file_ids: list[str]) -> None:
+    for_code = _attached(attachments, AttachedCodeInterpreter)
+    for_search = _attached(attachments, AttachedFileSearch)
+    if not for_code and not for_search:
+        return
     thread = await thread_rows.get_thread(tx, project, thread_id)
     assert thread is not None
+    if for_code:
+        _attach_for_code(thread, for_code)
+    if for_search:
+        await attach_to_thread(tx, house, project, thread, for_search)
+    await thread_rows.update_thread(tx, project, thread)
+
+
+def _attached(attachments: Sequence[Attachment], tool: type[AttachedCodeInterpreter | AttachedFileSearch]) -> list[str]:
+    """The ids of the files that are attached for one of the tools."""
+    return [one.file_id for one in attachments if any(isinstance(named, tool) for named in one.tools or ())]
+
+
+def _wake_for_messages(house: House, bodies: Sequence[CreateMessage]) -> None:
+    """After the commit, as `wake_for_files`."""
+    if any(_attached(body.attachments or [], AttachedFileSearch) for body in bodies):
+        house.ingest_queue.wake()
+
+
+def _attach_for_code(thread: Thread, file_ids: list[str]) -> None:
     named = thread.tool_resources.get("code_interpreter") or {}
     together = list(dict.fromkeys([*named.get("file_ids", []), *file_ids]))
     if len(together) > MAX_CODE_FILES:
@@ -268,27 +299,30 @@ async def _attach_to_thread(tx: Transaction, project: str, thread_id: str, file_
             param="attachments",
         )
     thread.tool_resources["code_interpreter"] = {"file_ids": together}
-    await thread_rows.update_thread(tx, project, thread)
 
 
 async def checked_resources(
-    tx: Transaction, project: str, resources: CreateToolResources | ToolResources | Any, now: float
-) -> dict[str, Any]:
-    """Tool resources as they are stored. Raises NotFound for what does not exist: no dangling id is kept."""
-    if resources is None or resources is UNSET:
-        return {}
-    stored: dict[str, Any] = {}
+    tx: Transaction,
+    house: House,
+    project: str,
+    resources: CreateToolResources | ToolResources | UnsetType | None,
+    store_days: int | None = None,
+) -> Json:
+    """Tool resources as they are stored; vector stores are made on the way, and expire so many days after their use.
+
+    Raises NotFound for what does not exist: no dangling id is kept.
+    """
+    stored: Json = {}
+    if not resources:
+        return stored
     if resources.code_interpreter:
         file_ids = list(dict.fromkeys(resources.code_interpreter.file_ids or []))
-        await check_files(tx, project, file_ids, now)
+        await check_files(tx, project, file_ids, house.clock.now())
         stored["code_interpreter"] = {"file_ids": file_ids}
-    if resources.file_search:
-        store_ids = resources.file_search.vector_store_ids or []
-        if store_ids:
-            raise NotFound(f"Vector store with id '{store_ids[0]}' not found.")
-        if getattr(resources.file_search, "vector_stores", None):
-            raise InvalidRequest(
-                "This server cannot make vector stores yet.", param="tool_resources.file_search.vector_stores"
-            )
+    if search := resources.file_search:
+        store_ids = list(search.vector_store_ids or [])
+        await check_stores(tx, project, store_ids, house.clock.now())
+        for new in (isinstance(search, CreateFileSearchResources) and search.vector_stores) or ():
+            store_ids.append((await insert_store_of(tx, house, project, new, store_days)).id)
         stored["file_search"] = {"vector_store_ids": store_ids}
     return stored

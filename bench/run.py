@@ -1,6 +1,7 @@
 """The program behind `make bench`: runs the scenarios one after another, prints one table, writes one JSON file.
 
     python -m bench.run [--only NAME]… [--json FILE] [--quick] [--afterglow PROGRAM]
+                        [--beir FOLDER]… [--embeddings URL --embedding-model NAME]
 
 Ends with 0 also when a promise is missed (the machine may be busy), with 1 when something could not be measured.
 """
@@ -27,6 +28,7 @@ import uvloop
 from bench.client import BenchFailure, percentile
 from bench.processes import ROOT, stub
 from bench.scenarios import SCENARIOS, Findings, Row, Setup
+from bench.search import Embedder
 
 TOTAL_S = {False: 300.0, True: 60.0}
 RESULTS = ROOT / "bench" / "results" / "latest.json"
@@ -41,17 +43,19 @@ class Outcome(msgspec.Struct):
     failed: str | None = None
 
 
-async def measure(names: Sequence[str], quick: bool, program: Path) -> dict[str, Outcome]:
+async def measure(options: argparse.Namespace) -> dict[str, Outcome]:
     """Run these scenarios in turn. One that fails leaves its reason; so do those for which no time is left."""
     outcomes: dict[str, Outcome] = {}
-    deadline = perf_counter() + TOTAL_S[quick]
+    deadline = perf_counter() + TOTAL_S[options.quick]
+    embed = Embedder(options.embeddings, options.embedding_model) if options.embeddings else None
     with tempfile.TemporaryDirectory(prefix="afterglow-bench-") as folder:
         async with stub() as stub_port:
-            setup = Setup(program, stub_port, Path(folder), quick)
-            for name in names:
+            setup = Setup(options.afterglow, stub_port, Path(folder), options.quick, options.beir, embed)
+            for name in options.only or SCENARIOS:
                 print(f"{name} …", end=" ", file=sys.stderr, flush=True)
                 outcomes[name] = await _outcome(name, setup, deadline - perf_counter())
-                print(outcomes[name].failed or f"{outcomes[name].took_s:.1f} s", file=sys.stderr)
+                skipped = outcomes[name].raw.get("skipped")
+                print(outcomes[name].failed or skipped or f"{outcomes[name].took_s:.1f} s", file=sys.stderr)
     return outcomes
 
 
@@ -122,12 +126,12 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-async def _measure_until_told(names: Sequence[str], quick: bool, program: Path) -> dict[str, Outcome]:
+async def _measure_until_told(options: argparse.Namespace) -> dict[str, Outcome]:
     """Measure, and on SIGTERM end as on Ctrl-C: with no process left behind."""
     task = asyncio.current_task()
     assert task
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    return await measure(names, quick, program)
+    return await measure(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,12 +146,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="PROGRAM",
         help="what to start, e.g. another checkout's; by default the one beside this Python",
     )
+    parser.add_argument(
+        "--beir", type=Path, action="append", default=[], metavar="FOLDER", help="a test collection for `retrieval`"
+    )
+    parser.add_argument("--embeddings", metavar="URL", help="base URL of a server that embeds it, ending in /v1")
+    parser.add_argument("--embedding-model", default="", metavar="NAME")
     options = parser.parse_args(arguments)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     facts = machine()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        outcomes = runner.run(_measure_until_told(options.only or list(SCENARIOS), options.quick, options.afterglow))
+        outcomes = runner.run(_measure_until_told(options))
     report = {"at": int(time()), "quick": options.quick, "machine": facts, "scenarios": outcomes}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from bench import sandbox
+from bench import sandbox, search
 from bench.client import CHUNK, DELTA, Answer, BenchFailure, Connection, Pace, expect, loop_for, percentile, together
 from bench.processes import Memory, Server, afterglow, cpu_s, has_proc, memory_of
 from bench.stub import model_name, text_of
@@ -43,6 +43,8 @@ OWED: dict[str, tuple[Sign, float]] = {
     "start to first 200, empty folder, p50": ("≤", 1.0),
     "start to first 200, used folder, p50": ("≤", 1.0),
     "memory at rest": ("≤", 90),
+    "search: indexing words": ("≥", 2),
+    "search: 10,000 chunks, hybrid, p50": ("≤", 3),
     "sandbox: DataFrame, pool, p50": ("≤", 20),
     "sandbox: DataFrame, on demand, p50": ("≤", 80),
 }
@@ -92,12 +94,17 @@ class Made(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What all scenarios need. program: the `afterglow` to start; folder: a temporary one, for data and logs."""
+    """What all scenarios need. program: the `afterglow` to start; folder: a temporary one, for data and logs.
+
+    collections: folders with test collections for `retrieval`; embed: what embeds them.
+    """
 
     program: Path
     stub_port: int
     folder: Path
     quick: bool
+    collections: Sequence[Path] = ()
+    embed: search.Embedder | None = None
 
     def server(self, name: str, code_interpreter: str = "off") -> AbstractAsyncContextManager[Server]:
         """Start a server on the data folder of this name, made if it is not there."""
@@ -548,6 +555,59 @@ async def code_interpreter(setup: Setup) -> Findings:
     return Findings(rows, {"start_ms": starts, **took, "together_ms": together_ms, "jupyter": cold or {}})
 
 
+# --- file search -----------------------------------------------------------------------------------------------
+
+DIMENSIONS = 384
+
+
+async def file_search(setup: Setup) -> Findings:
+    """The search index by itself: indexing, and questions to one large store and to many small ones."""
+    page, passage = {"words": 640, "new_words": 320}, {"words": 80, "new_words": 80}
+    stores = setup.pick(1_000, 20)
+    words = search.Load(stores=1, files=100, chunks=10_000, dimensions=0, **page)
+    both = search.Load(stores=1, files=100, chunks=10_000, dimensions=DIMENSIONS, **page)
+    large = search.Load(stores=1, files=1_000, chunks=100_000, dimensions=DIMENSIONS, **passage)
+    spread = search.Load(stores=stores, files=stores, chunks=stores * 100, dimensions=DIMENSIONS, **passage)
+    loads = {"10,000 chunks, hybrid": both, f"{spread.chunks:,} chunks in {stores:,} stores, hybrid": spread}
+    if not setup.quick:
+        loads |= {"10,000 chunks, lexical": words, "100,000 chunks, hybrid": large}
+    speeds = {what: await search.speed(load) for what, load in loads.items()}
+    rows = []
+    for what, load in loads.items():
+        if load not in (words, both):
+            continue
+        took, kind = speeds[what], f"words and {DIMENSIONS} dimensions" if load.dimensions else "words"
+        beside = f"{load.chunks / took.put_s:,.0f} chunks and {took.text_mb / took.put_s:.1f} MB per second elapsed"
+        rows.append(row(f"search: indexing {kind}", took.text_mb / took.put_cpu_s, "MB/s", beside))
+    for what, took in speeds.items():
+        beside = f"CPU {took.query_cpu_ms:.1f} ms; {took.rss_mb:,.0f} MB more memory, {took.disk_mb:,.0f} MB on disk"
+        rows.append(row(f"search: {what}, p50", percentile(took.query_ms, 50), "ms", beside))
+        rows.append(row(f"search: {what}, p99", percentile(took.query_ms, 99), "ms"))
+    return Findings(rows, {what: msgspec.structs.asdict(took) for what, took in speeds.items()})
+
+
+async def retrieval(setup: Setup) -> Findings:
+    """How well the search index finds, on each collection given, beside a plain BM25 library on the same chunks."""
+    if not setup.collections:
+        return Findings([], {"skipped": "no collection given: --beir FOLDER"})
+    rows: list[Row] = []
+    for folder in setup.collections:
+        collection = search.read_collection(folder)
+        runs = await search.retrieve(collection, setup.folder / f"beir_{collection.name}", setup.embed)
+        plain = search.plain_bm25(collection)
+        for what, measure in (("nDCG@10", search.ndcg), ("recall@20", search.recall)):
+            owed = measure(plain, collection.judgements) if plain else None
+            for way, run in runs.items():
+                line = Row(
+                    what=f"{collection.name}: {way}, {what}", measured=measure(run, collection.judgements), unit=""
+                )
+                line.beside = "no BM25 library here" if owed is None else f"plain BM25 {owed:.4f}"
+                if owed is not None and way == "lexical":
+                    line.sign, line.owed = "≥", owed
+                rows.append(line)
+    return Findings(rows, {"collections": [str(folder) for folder in setup.collections]})
+
+
 SCENARIOS: dict[str, Callable[[Setup], Awaitable[Findings]]] = {
     "start": start,
     "first_delta": first_delta,
@@ -557,4 +617,6 @@ SCENARIOS: dict[str, Callable[[Setup], Awaitable[Findings]]] = {
     "memory": memory,
     "long_threads": long_threads,
     "code_interpreter": code_interpreter,
+    "file_search": file_search,
+    "retrieval": retrieval,
 }

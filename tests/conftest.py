@@ -17,7 +17,7 @@ from openai.types.beta.threads import Run
 
 from afterglow.app import Application, open_application
 from afterglow.settings import Settings, load
-from afterglow.testing import ScriptedEngine, ScriptedModels
+from afterglow.testing import ScriptedEngine, ScriptedModels, ScriptedParser
 
 GET_WEATHER = {
     "type": "function",
@@ -30,14 +30,15 @@ GET_WEATHER = {
 
 
 class Server:
-    """A running server. model: what answers its runs. code: what runs its code. client: the official client, without
-    retries."""
+    """A running server. model: what answers its runs. code: what runs its code. parser: what reads files of vector
+    stores. client: the official client, without retries."""
 
-    def __init__(self, application: Application, model: ScriptedModels, code: Any, url: str) -> None:
+    def __init__(self, application: Application, model: ScriptedModels, code: Any, parser: Any, url: str) -> None:
         self.application = application
         self.house = application.house
         self.model = model
         self.code = code
+        self.parser = parser
         self.url = url
         no_certificates = openai.DefaultAsyncHttpxClient(verify=False)  # reading them takes longer than most tests
         self.client = openai.AsyncOpenAI(
@@ -104,13 +105,15 @@ ServerFactory = Callable[..., AbstractAsyncContextManager[Server]]
 
 @asynccontextmanager
 async def running_server(
-    folder: Path, clock: Any = None, code_engine: Any = None, **settings: Any
+    folder: Path, clock: Any = None, code_engine: Any = None, parser: Any = None, embedder: Any = None, **settings: Any
 ) -> AsyncGenerator[Server, None]:
-    """A server on `folder`; start it again on the same folder to see what survives. code_engine: one that runs
-    code, in place of the scripted one."""
+    """A server on `folder`; start it again on the same folder to see what survives. code_engine, parser: in place of
+    the scripted ones. embedder: there is none otherwise."""
     loaded: Settings = load({"data": str(folder), **settings}, environ={})
-    model, code = ScriptedModels(), code_engine or ScriptedEngine()
-    async with open_application(loaded, models=model, clock=clock, code_engine=code) as application:
+    model, code, parser = ScriptedModels(), code_engine or ScriptedEngine(), parser or ScriptedParser()
+    async with open_application(
+        loaded, models=model, clock=clock, code_engine=code, parser=parser, embedder=embedder
+    ) as application:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # uvloop does it; asyncio would wait 40 ms
         config = uvicorn.Config(
@@ -120,7 +123,7 @@ async def running_server(
         uvicorn_server = _PromptServer(config)
         uvicorn_server.lifespan = config.lifespan_class(config)
         await uvicorn_server.startup([listening])
-        server = Server(application, model, code, f"http://127.0.0.1:{listening.getsockname()[1]}")
+        server = Server(application, model, code, parser, f"http://127.0.0.1:{listening.getsockname()[1]}")
         try:
             yield server
         finally:

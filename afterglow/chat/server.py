@@ -204,7 +204,7 @@ class ModelServer:
                     continue
                 if not trouble.passing or attempt >= retries:
                     raise
-                wait_s = trouble.wait_s if trouble.wait_s is not None else _backoff_s(attempt)
+                wait_s = trouble.wait_s if trouble.wait_s is not None else backoff_s(attempt)
             attempt += 1
             log.info("trying %s again in %.1f s (%d of %d)", self.who(model), wait_s, attempt, retries)
             await self._sleep(wait_s)
@@ -442,7 +442,8 @@ async def read_at_most(response: httpx2.Response, size_bytes: int) -> bytes:
     return body[:size_bytes]
 
 
-def _backoff_s(attempt: int) -> float:
+def backoff_s(attempt: int) -> float:
+    """How long to wait before the next try, after `attempt` tries more than the first."""
     return min(BACKOFF_S * 2.0**attempt, LONGEST_BACKOFF_S) * (1 - random.random() / 4)  # noqa: S311
 
 

@@ -15,13 +15,16 @@ Sizes are estimates: UTF-8 bytes per token by script, calibrated per model by wh
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import compress
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from afterglow.objects import Json, Message, RunStep, TruncationStrategy
 from afterglow.rows.messages import SaidMessage
+from afterglow.tools.file_search import output_of
 
 ASCII_BYTES_PER_TOKEN = 3.6
 OTHER_BYTES_PER_TOKEN = 2.4
@@ -33,6 +36,7 @@ EARLIER_OUTPUT_CHARS = 4000  # tool outputs of earlier runs are clipped to this
 CODE_OUTPUT_CHARS = 16_000  # what code of the run itself has printed, to this
 COMPLETION_RESERVE_TOKENS = 4096
 LARGEST_PAGE = 512
+NONE_FOUND: Mapping[str, str] = MappingProxyType({})
 
 Place = tuple[int, int]  # (created_at, seq)
 NEWEST: Place = (2**62, 2**62)
@@ -102,17 +106,20 @@ def _part_tokens(part: Json) -> int:
     return IMAGE_TOKENS.get(part["image_url"].get("detail", "auto"), IMAGE_TOKENS["auto"])
 
 
-def calls_turn(place: Place, step: RunStep, run_id: str, names: dict[str, str]) -> Turn | None:
+def calls_turn(
+    place: Place, step: RunStep, run_id: str, names: dict[str, str], found: Mapping[str, str] = NONE_FOUND
+) -> Turn | None:
     """A tool-call step in chat form, with its outputs; None when a call has no output.
 
-    names: under which name each server-side tool is offered now. Of file search, only the run's own calls are shown.
+    names: under which name each server-side tool is offered now. Of file search, only the run's own calls are shown;
+    found: what they gave, by call id.
     """
     own = step.run_id == run_id
     calls, outputs = [], []
     for call in step.step_details["tool_calls"]:
         if call["type"] == "file_search" and not own:
             continue
-        name, arguments, output = _call_texts(call, step, names)
+        name, arguments, output = _call_texts(call, step, names, found)
         if output is None:
             return None
         if not own:
@@ -131,7 +138,9 @@ def calls_turn(place: Place, step: RunStep, run_id: str, names: dict[str, str]) 
     return Turn(place, step.id, "calls", chat, tokens, own, step.run_id)
 
 
-def _call_texts(call: Json, step: RunStep, names: dict[str, str]) -> tuple[str, str, str | None]:
+def _call_texts(
+    call: Json, step: RunStep, names: dict[str, str], found: Mapping[str, str]
+) -> tuple[str, str, str | None]:
     """Name, arguments and output of a stored call; the reason stands in for the output of one that failed."""
     kind: str = call["type"]
     failure = f"ERROR: {step.last_error.message}" if step.last_error else None
@@ -144,9 +153,8 @@ def _call_texts(call: Json, step: RunStep, names: dict[str, str]) -> tuple[str, 
         logs = "\n".join(_output_text(output) for output in ran["outputs"])
         arguments = msgspec.json.encode({"code": ran["input"]}).decode()
         return names.get(kind, "python"), arguments, clipped(logs, CODE_OUTPUT_CHARS) or failure or "(no output)"
-    results = call["file_search"].get("results", [])
-    found = msgspec.json.encode(results).decode()
-    return names.get(kind, "file_search"), "{}", failure or found
+    arguments = msgspec.json.encode({"queries": call["file_search"].get("x-queries", [])}).decode()
+    return names.get(kind, "file_search"), arguments, found.get(call["id"], output_of([]))
 
 
 def _output_text(output: Json) -> str:

@@ -17,6 +17,7 @@ from afterglow.errors import BadToolOutputs, InvalidRequest, NotFound, ThreadBus
 from afterglow.ids import new_id
 from afterglow.objects import (
     HELD_RUNS,
+    INCLUDE_FILE_SEARCH_CONTENT,
     CreateRun,
     CreateThreadAndRun,
     LastError,
@@ -32,6 +33,7 @@ from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.assistants import AssistantRow, get_assistant
 from afterglow.rows.runs import RunAsked, RunRow
+from afterglow.rows.search_results import fill_in_content
 from afterglow.rows.steps import PlacedStep
 from afterglow.runs.closing import close_open_steps, close_step
 from afterglow.runs.states import TERMINAL, move_run
@@ -294,7 +296,8 @@ async def submit_tool_outputs(
         for placed in await step_rows.list_open_steps(tx, project, run_id):
             _close_answered(house, placed, given, now)
             await step_rows.update_step(tx, project, placed.step)
-            events.append(step_event(placed.step))
+            with_content = INCLUDE_FILE_SEARCH_CONTENT in row.asked.include
+            events.append(step_event(await fill_in_content(tx, project, placed.step) if with_content else placed.step))
         move_run(row.run, "outputs_given", now)
         return await _write(tx, house, row, [*events, run_event(row.run)])
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -30,9 +31,18 @@ from afterglow.contracts import (
     ToolCallDelta,
     Transaction,
 )
-from afterglow.errors import ContextOverflow, LostLease, ModelBroke, ModelError, ModelRefused, SandboxError, StoreError
+from afterglow.errors import (
+    ContextOverflow,
+    InvalidRequest,
+    LostLease,
+    ModelBroke,
+    ModelError,
+    ModelRefused,
+    SandboxError,
+    StoreError,
+)
 from afterglow.ids import new_id
-from afterglow.objects import IncompleteDetails, LastError, Message, RunStep, Usage
+from afterglow.objects import INCLUDE_FILE_SEARCH_CONTENT, IncompleteDetails, LastError, Message, RunStep, Usage
 from afterglow.rows import events as event_rows
 from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
@@ -41,11 +51,13 @@ from afterglow.rows import threads as thread_rows
 from afterglow.rows.files import list_sandbox_files
 from afterglow.rows.model_calls import ModelCall, insert_model_call
 from afterglow.rows.runs import RunRow
+from afterglow.rows.search_results import FoundBy, fill_in_content, insert_results
 from afterglow.runs.closing import InHand, close_open_steps, close_step
 from afterglow.runs.context import Calibration, chat_messages, estimate_tokens
 from afterglow.runs.images import inline_stored_images
 from afterglow.runs.interrupt import Interrupt, Interrupted
 from afterglow.runs.prompt import Prompt, PromptRules, chat_response_format, read_prompt
+from afterglow.runs.search import search_for_run
 from afterglow.runs.states import RunEvent, end_message, move_run
 from afterglow.runs.transcript import (
     Event,
@@ -60,12 +72,22 @@ from afterglow.runs.transcript import (
 )
 from afterglow.runs.turn import Call, ModelTurn, first_delta, image_part, required_action
 from afterglow.telemetry import log
-from afterglow.tools.annotations import SANDBOX_PATH, file_paths
+from afterglow.tools.annotations import SANDBOX_PATH, citations, file_paths
 from afterglow.tools.code_interpreter import CodeInterpreter, SandboxListing
+from afterglow.tools.file_search import (
+    context_tokens,
+    queries_of,
+    results_of,
+    search_options,
+    within,
+    without_content,
+)
 from afterglow.tools.function import chat_tool_choice, offer
+from afterglow.vector_stores import wait_for_thread_store
 
 T = TypeVar("T")
 STORE_RETRY_S = 1.0
+FILES_WAIT_S = 60.0
 TURNS_FOR_NOTHING = 2  # after as many turns of calls to tools whose engine is off, these are offered no more
 FILTERED = "The model's answer was stopped by its server's content filter."
 
@@ -114,16 +136,27 @@ class Execution:
         try:
             if reason := await self._demanded_engine_off():
                 return await self._stop("broke", LastError("server_error", reason))
+            await self._wait_for_files()
             while await self._take_turn(committed):
                 pass
         except Interrupted as interrupted:
             if interrupted.why == "lost":
                 raise LostLease(self.row.run.id) from None
             await self._stop("stopped" if interrupted.why == "cancelled" else "timed_out")
+        except InvalidRequest as error:  # of what the run was given, such as a vector store that has expired
+            await self._stop("broke", LastError("server_error", error.message))
         except ModelError as error:
             # The server's own words may quote the prompt: they are for the run's owner, not for the log.
             log.warning("Run %s failed: %s of %s.", self.row.run.id, type(error).__name__, self.row.run.model)
             await self._stop("broke", LastError(error.code, str(error)))
+
+    async def _wait_for_files(self) -> None:
+        """Files that came with the thread's messages may still be read in."""
+        if "file_search" in self._offered.names:
+            run = self.row.run
+            waiting = partial(wait_for_thread_store, self.house, self.row.project, run.thread_id, FILES_WAIT_S)
+            if not await self.interrupt.wait(waiting):
+                log.info("Run %s goes on without files that are still being read in.", run.id)
 
     async def fail(self, message: str) -> None:
         """End the run because of a fault of ours."""
@@ -288,6 +321,15 @@ class Execution:
             await self._take_text(turn, pieces)
 
     async def _take_text(self, turn: ModelTurn, pieces: list[str]) -> None:
+        """Show text, but for what may still become a marker of a result, and for markers that name none."""
+        if shown := [piece for piece in map(turn.markers.feed, pieces) if piece]:
+            await self._show_text(turn, shown)
+
+    async def _end_text(self, turn: ModelTurn) -> None:
+        if held := turn.markers.end():
+            await self._show_text(turn, [held])
+
+    async def _show_text(self, turn: ModelTurn, pieces: list[str]) -> None:
         if turn.message is None:
             await self._open_message(turn)
         if not turn.text:
@@ -376,6 +418,7 @@ class Execution:
 
     async def _open_calls(self, turn: ModelTurn) -> None:
         """One transaction: close the text that came first, if any, and open the step of this turn's calls."""
+        await self._end_text(turn)
         now = int(self.house.clock.now())
         step = self._new_step("tool_calls", {"type": "tool_calls", "tool_calls": []}, now)
 
@@ -415,7 +458,7 @@ class Execution:
         assert turn.step is not None
         # Copies: should the commit fail, this is done again.
         message = msgspec.structs.replace(turn.message, content=turn.content)
-        events = await self._annotate(tx, row, message)
+        events = await self._annotate(tx, row, message, turn.prompt.markers)
         stored = await message_rows.get_message(tx, row.project, message.thread_id, message.id)
         message.metadata = stored.metadata if stored else {}  # a caller may have set it since
         step = msgspec.structs.replace(turn.step)
@@ -425,13 +468,19 @@ class Execution:
         await step_rows.update_step(tx, row.project, step)
         return [*events, message_event(message), step_event(step)]
 
-    async def _annotate(self, tx: Transaction, row: RunRow, message: Message) -> list[Event]:
-        """Put annotations to the files that the text names, and tell those who stream."""
+    async def _annotate(
+        self, tx: Transaction, row: RunRow, message: Message, markers: Mapping[str, str]
+    ) -> list[Event]:
+        """Put annotations to the files that the text cites or names, and tell those who stream."""
         events = []
         for index, part in enumerate(message.content):
-            if part["type"] == "text" and SANDBOX_PATH in part["text"]["value"]:
-                files = await list_sandbox_files(tx, row.project, message.thread_id)
-                found = file_paths(part["text"]["value"], {file.name: file.file_id for file in files})
+            if part["type"] == "text":
+                text = part["text"]["value"]
+                found = citations(text, markers)
+                if SANDBOX_PATH in text:
+                    files = await list_sandbox_files(tx, row.project, message.thread_id)
+                    found += file_paths(text, {file.name: file.file_id for file in files})
+                    found.sort(key=itemgetter("start_index"))
                 part["text"]["annotations"] = found
                 numbered = [{"index": number, **annotation} for number, annotation in enumerate(found)]
                 piece = {"index": index, "type": "text", "text": {"value": "", "annotations": numbered}}
@@ -452,8 +501,9 @@ class Execution:
             return False
         if turn.calls:
             return await self._close_calls(turn, usage)
+        await self._end_text(turn)
         if turn.message is None:
-            await self._take_text(turn, [""])
+            await self._show_text(turn, [""])
         await self._answer(turn, usage)
         return False
 
@@ -504,6 +554,7 @@ class Execution:
         """Run what is ours to run; then, in one transaction, wait for the caller's outputs, or go on without."""
         waiting = [call for call in turn.calls if call.kind == "function"]
         await self._run_server_side(turn, usage)
+        with_content = INCLUDE_FILE_SEARCH_CONTENT in self.row.asked.include
         failures = [call.failure for call in turn.calls if call.failure]
         now = int(self.house.clock.now())
         opened = turn.step
@@ -515,6 +566,9 @@ class Execution:
             step = msgspec.structs.replace(opened, step_details=turn.details)
             if not turn.recorded:
                 await self._record_call(tx, row, turn, usage)
+            for call in turn.calls:
+                found_by = FoundBy(row.run.thread_id, row.run.id, step.id, call.id)
+                await insert_results(tx, row.project, found_by, call.results)
             if waiting:
                 await step_rows.update_step(tx, row.project, step, usage=usage)
                 move_run(row.run, "calls_functions", now)
@@ -523,7 +577,7 @@ class Execution:
             error = LastError("server_error", " ".join(failures)) if failures else None
             close_step(step, "failed" if failures else "completed", now, usage, error)
             await step_rows.update_step(tx, row.project, step)
-            return [step_event(step)]
+            return [step_event(await fill_in_content(tx, row.project, step) if with_content else step)]
 
         await self._commit(work)
         self._turn = None
@@ -538,10 +592,29 @@ class Execution:
                 continue
             if call.kind == "code_interpreter" and (missing := call.code.end()):
                 self._keep_code(turn, call, {"input": missing})
-            if off := self.house.why_off(call.kind):
+            if call.kind == "file_search":
+                await self._search_files(turn, call)
+            elif off := self.house.why_off(call.kind):
                 self._fail(turn, call, off)
             else:
                 await self._run_code(turn, call, usage)
+
+    async def _search_files(self, turn: ModelTurn, call: Call) -> None:
+        """Raises InvalidRequest when a store cannot be searched: it has expired, or needs another embedding model."""
+        run, house = self.row.run, self.house
+        options = search_options(run.tools, run.model)
+        queries = queries_of("".join(call.arguments))
+        search = partial(search_for_run, house, self.row, queries, options)
+        found = await self.interrupt.wait(search)
+        earlier = sum(bool(other.results) for other in turn.calls)
+        hits = within(found.hits, context_tokens(run.model, turn.prompt.budget_tokens))
+        names = {file_id: file.filename for file_id, file in found.files.items()}
+        call.results = results_of(hits, names, found.number + earlier)
+        call.search = {
+            "ranking_options": options.ranking_options,
+            "results": [without_content(result) for result in call.results],
+            "x-queries": queries,
+        }
 
     async def _run_code(self, turn: ModelTurn, call: Call, usage: Usage) -> None:
         if not turn.recorded:
@@ -642,11 +715,14 @@ class Execution:
         usage = turn.usage if turn is not None else None
         in_hand = InHand(usage=usage, message_reason=message_reason)
         if turn is not None and turn.step is not None:
-            in_hand.content = turn.content if turn.message else None
             in_hand.tool_calls = turn.tool_calls
 
         async def work(tx: Transaction, row: RunRow) -> list[Event]:
             events = [run_event(row.run)] if row.run.status == "cancelling" else []
+            if turn is not None and turn.message is not None:
+                message = msgspec.structs.replace(turn.message, content=turn.content)
+                events += await self._annotate(tx, row, message, turn.prompt.markers)
+                in_hand.content = message.content
             if turn is not None and not turn.recorded:
                 await self._record_call(tx, row, turn, usage or Usage())
             row.run.last_error = error

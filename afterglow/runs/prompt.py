@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from afterglow.contracts import ModelInfo, Transaction
@@ -9,6 +10,7 @@ from afterglow.objects import Json
 from afterglow.rows.messages import list_messages_before
 from afterglow.rows.model_calls import get_last_cut
 from afterglow.rows.runs import RunRow
+from afterglow.rows.search_results import StoredResult, list_results
 from afterglow.rows.steps import list_calls_before
 from afterglow.rows.threads import get_last_seq
 from afterglow.runs.context import (
@@ -23,6 +25,7 @@ from afterglow.runs.context import (
     fixed_tokens,
     message_turn,
 )
+from afterglow.tools.file_search import output_of
 from afterglow.tools.function import Offer
 
 FIRST_PAGE = 32
@@ -31,7 +34,7 @@ FIRST_PAGE = 32
 class Prompt(NamedTuple):
     """What one call sends. instructions: with what is said of files. cut_off: the thread's sequence when it was read.
     budget_tokens: room for the whole prompt. estimated: tokens per part, uncalibrated. needed: calibrated tokens of
-    the whole prompt."""
+    the whole prompt. markers: file id by the marker with which the run's file searches showed it."""
 
     instructions: str
     cut: Cut
@@ -39,6 +42,7 @@ class Prompt(NamedTuple):
     budget_tokens: int
     estimated: dict[str, int]
     needed_tokens: int
+    markers: dict[str, str]
 
 
 class PromptRules(NamedTuple):
@@ -52,6 +56,7 @@ class PromptRules(NamedTuple):
     history: str
     response_format: object
     budget_cap: int | None = None
+    outputs: Mapping[str, str] = {}  # of the run's file searches, by call
 
 
 def prompt_budget(rules: PromptRules) -> int:
@@ -78,10 +83,19 @@ async def read_prompt(tx: Transaction, rules: PromptRules) -> Prompt:
     kept_from = last[0] if last and last[1] == budget else 0
     window = Window(run.truncation_strategy, max(budget - fixed, 0), factor, kept_from)
     cut_off = await get_last_seq(tx, project, run.thread_id)
-    await _fill(tx, window, rules, cut_off)
+    found = await list_results(tx, project, run.id) if "file_search" in rules.offered.names else []
+    await _fill(tx, window, rules._replace(outputs=_outputs(found)), cut_off)
     cut = window.cut()
     parts["history"] = sum(turn.tokens for turn in cut.turns)
-    return Prompt(rules.instructions, cut, cut_off, budget, parts, fixed + cut.tokens)
+    markers = {stored.marker: stored.file_id for stored in found}
+    return Prompt(rules.instructions, cut, cut_off, budget, parts, fixed + cut.tokens, markers)
+
+
+def _outputs(found: list[StoredResult]) -> dict[str, str]:
+    by_call: dict[str, list[Json]] = {}
+    for stored in found:
+        by_call.setdefault(stored.call_id, []).append(stored.result)
+    return {call_id: output_of(results) for call_id, results in by_call.items()}
 
 
 async def _fill(tx: Transaction, window: Window, rules: PromptRules, cut_off: int) -> None:
@@ -116,7 +130,7 @@ async def _page(
     for step in calls:
         own = step.step.run_id == run.id
         if own or rules.history == "calls":
-            turn = calls_turn((step.created_at, step.seq), step.step, run.id, rules.offered.names)
+            turn = calls_turn((step.created_at, step.seq), step.step, run.id, rules.offered.names, rules.outputs)
             if turn:
                 turns.append(turn)
     if len(calls) == limit:

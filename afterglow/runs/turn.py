@@ -14,6 +14,7 @@ import msgspec
 from afterglow.contracts import ChatRequest, ModelEnd
 from afterglow.objects import Message, RunStep, Usage
 from afterglow.runs.prompt import Prompt
+from afterglow.tools.annotations import Markers
 from afterglow.tools.function import ToolKind
 
 
@@ -76,9 +77,10 @@ def _well_formed(text: str) -> str:
 
 
 class Call:
-    """A tool call that the model is writing. code, outputs: of a code_interpreter call; failure: why it was not run."""
+    """A tool call that the model is writing. code, outputs: of a code_interpreter call. search, results: of a
+    file_search call, what its step shows and what it has found. failure: why it was not run."""
 
-    __slots__ = ("arguments", "code", "failure", "id", "kind", "name", "outputs")
+    __slots__ = ("arguments", "code", "failure", "id", "kind", "name", "outputs", "results", "search")
 
     def __init__(self, call_id: str, name: str, kind: ToolKind) -> None:
         self.id = call_id
@@ -87,6 +89,8 @@ class Call:
         self.arguments: list[str] = []
         self.code = CodeText()
         self.outputs: list[dict[str, Any]] = []
+        self.search: dict[str, Any] = {}
+        self.results: list[dict[str, Any]] = []
         self.failure = ""
 
     def print(self, text: str) -> dict[str, Any]:
@@ -110,6 +114,7 @@ class ModelTurn:
         self.prompt = prompt
         self.request = request
         self.recorded = False  # whether the model call has its row
+        self.markers = Markers(prompt.markers)
         self.pictures: list[str] = []  # file ids that the message begins with
         self.started = time.monotonic()
         self.first_token_ms: int | None = None
@@ -167,7 +172,7 @@ def stored_call(call: Call) -> dict[str, Any]:
             "type": call.kind,
             "code_interpreter": {"input": call.code.text, "outputs": call.outputs},
         }
-    return {"id": call.id, "type": call.kind, "file_search": {}}
+    return {"id": call.id, "type": call.kind, "file_search": call.search}
 
 
 def _code(arguments: str) -> str:

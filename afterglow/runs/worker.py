@@ -36,6 +36,8 @@ from afterglow.runs.states import move_run
 from afterglow.runs.transcript import Event, Transcript, run_event
 from afterglow.telemetry import log
 from afterglow.tools.code_interpreter import CodeInterpreter
+from afterglow.uploads import tidy_uploads
+from afterglow.vector_stores import expire_stores
 
 CLAIM_LIMIT = 64
 POLL_S = 1.0  # how long a lost wake-up, or a run left by another worker, can go unnoticed
@@ -220,6 +222,8 @@ class Worker:
         while await self._house.store.write(work) >= TIDY_LIMIT:
             pass
         await tidy_files(self._house)
+        await tidy_uploads(self._house)
+        await expire_stores(self._house)
 
 
 async def claim_next(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from urllib.parse import quote
 
@@ -37,3 +38,50 @@ def _file_path(path: str, start: int, file_id: str) -> Json:
         "end_index": start + len(path),
         "file_path": {"file_id": file_id},
     }
+
+
+# --- citations -------------------------------------------------------------------------------------------------
+
+MARKER = re.compile(r"【\d{1,6}:\d{1,6}†[^【】]{0,300}】")
+# What may still become a marker: the brackets alone are common in Chinese and Japanese text.
+_BEGUN = re.compile(r"【(?:\d{1,6}(?::(?:\d{1,6}(?:†[^【】]{0,300})?)?)?)?$")
+
+
+def citations(text: str, files: Mapping[str, str]) -> list[Json]:
+    """One `file_citation` annotation for each marker in `text`. files: file id by marker. Indices are code points, the
+    end not included."""
+    return [_file_citation(at, files[at[0]]) for at in MARKER.finditer(text) if at[0] in files]
+
+
+def _file_citation(at: re.Match[str], file_id: str) -> Json:
+    return {
+        "type": "file_citation",
+        "text": at[0],
+        "start_index": at.start(),
+        "end_index": at.end(),
+        "file_citation": {"file_id": file_id},
+    }
+
+
+class Markers:
+    """Lets text through as it streams, without the markers that name nothing. known: those that name a result."""
+
+    def __init__(self, known: Mapping[str, str]) -> None:
+        self._known = known
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """What can be shown now; what may still become a marker waits."""
+        text = self._held + piece
+        begun = _BEGUN.search(text)
+        at = begun.start() if begun else len(text)
+        self._held = text[at:]
+        return MARKER.sub(self._if_known, text[:at])
+
+    def end(self) -> str:
+        """What was still held back, when no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    def _if_known(self, at: re.Match[str]) -> str:
+        return at[0] if at[0] in self._known else ""

@@ -295,7 +295,8 @@ async def test_tools_come_back_as_sent(wire: Wire):
 
 
 async def test_nothing_dangling_is_stored(wire: Wire):
-    """Ids of files and stores that are not here are a 404 with the API's words; a store cannot be made on the way."""
+    """Ids of files and stores that are not here are a 404 with the API's words, also those of a store's files; a
+    store cannot be made on the way of a modification."""
     no_file = Fault(404, "No such File object: file-x", "id")
     no_store = Fault(404, "Vector store with id 'vs_x' not found.")
     made = await wire.made("/assistants", {"model": "m"})
@@ -307,10 +308,11 @@ async def test_nothing_dangling_is_stored(wire: Wire):
         for path in ("/assistants", f"/assistants/{made['id']}"):
             body = {"model": "m", "tool_resources": resources}
             assert (await wire.post(path, body)).fault == fault
-    making = {"file_search": {"vector_stores": [{"metadata": {"k": "v"}}]}}
+    making = {"file_search": {"vector_stores": [{"file_ids": ["file-x"]}]}}
     place = "tool_resources.file_search.vector_stores"
     refusal = (await wire.post("/assistants", {"model": "m", "tool_resources": making})).fault
-    assert (refusal.status, refusal.param) == (400, place)
+    assert refusal == Fault(404, "Files [file-x] were not found")
+    assert (await wire.get("/vector_stores")).ids == []
     unknown = (await wire.post(f"/assistants/{made['id']}", {"tool_resources": making})).fault
     assert unknown == Fault(400, f"Unknown parameter: '{place}'.", place, "unknown_parameter")
     assert (await wire.read("/assistants"))["data"] == [made]

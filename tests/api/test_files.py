@@ -530,9 +530,9 @@ async def test_bytes_without_a_file_go_at_the_next_start(
         kept = await server.client.files.create(file=("kept", b"x"), purpose="vision")
         deleted = await server.client.files.create(file=("deleted", b"x"), purpose="vision")
         with monkeypatch.context() as patch:
-            patch.setattr(files, "_delete_loose", nothing)
+            patch.setattr(files, "delete_loose", nothing)
             await server.client.files.delete(deleted.id)
-            patch.setattr(files, "_insert", crashes)
+            patch.setattr(files, "insert_file", crashes)
             with pytest.raises(openai.InternalServerError):
                 await server.client.files.create(file=("lost", b"x"), purpose="vision")
         [(_, lost, _)] = [row for row in await rows_of(server, "loose_blobs") if deleted.id not in row[1]]
@@ -603,7 +603,9 @@ async def test_an_attachment_for_code_is_given_to_the_thread(wire: Wire):
     assert message["attachments"] == attachments
     search = [attachment(ids[1], "file_search"), {"file_id": ids[3]}]
     await wire.made(f"{path}/messages", {"role": "user", "content": "hi", "attachments": search})
-    assert (await wire.read(path))["tool_resources"] == {"code_interpreter": {"file_ids": [ids[0], ids[2]]}}
+    resources = (await wire.read(path))["tool_resources"]
+    assert resources["code_interpreter"] == {"file_ids": [ids[0], ids[2]]}
+    assert resources.keys() == {"code_interpreter", "file_search"}
 
 
 async def test_a_new_thread_shows_what_its_messages_attach(server: Server, wire: Wire):

@@ -18,7 +18,7 @@ from afterglow.errors import ConfigError
 from afterglow.rows import keys as key_rows
 from afterglow.settings import load
 from afterglow.testing import ScriptedModels, SetClock, calls, says
-from tests.api.test_errors import BODIES, filled
+from tests.api.test_errors import BODIES, FORMS, OLDER_BODIES, filled
 from tests.api.wire import Answer, Fault, Json, Wire, not_found
 from tests.conftest import GET_WEATHER, Server, ServerFactory
 
@@ -178,20 +178,27 @@ async def test_projects_do_not_see_each_other(start_server: ServerFactory, conne
         ids = {"thread": run.thread_id, "run": run.id, "message": message_id, "step": step_id}
         ids["assistant"] = run.assistant_id
         ids["file"] = (await server.client.files.create(file=("a.txt", b"ours"), purpose="assistants")).id
+        store = await server.client.vector_stores.create()
+        batch = await server.client.vector_stores.file_batches.create_and_poll(store.id, file_ids=[ids["file"]])
+        upload = await ours.made("/uploads", OLDER_BODIES["create_upload"])
+        ids |= {"vector_store": store.id, "batch": batch.id, "upload": upload["id"]}
         [call] = run.required_action.submit_tool_outputs.tool_calls if run.required_action else []
-        bodies = BODIES | {
+        bodies = {
+            **BODIES,
+            **OLDER_BODIES,
+            "create_file_batch": {"file_ids": [ids["file"]]},
             "submit_tool_outputs": {"tool_outputs": [{"tool_call_id": call.id, "output": "stolen"}]},
             "create_run": {"assistant_id": run.assistant_id},
             "modify_thread": {"metadata": {"stolen": "yes"}},
         }
         for method, path, act in ROUTES:
-            if "_id}" not in path:
+            if "_id}" not in path or act.__name__ in FORMS:
                 continue
             place = filled(path, **ids)
             answer = await theirs.ask(method, place, bodies.get(act.__name__))
             outer = re.findall(r"{(\w+)_id}", path)[0]
             assert answer.fault == not_found(outer, ids[outer]), (method, path)
-        for path in ("/assistants", "/threads", "/files"):
+        for path in ("/assistants", "/threads", "/files", "/vector_stores"):
             assert (await theirs.get(path)).ids == []
             assert (await theirs.get(f"{path}?after={ids[path[1:-1]]}")).status == 404
         refusal = await theirs.post("/threads/runs", {"assistant_id": run.assistant_id})
@@ -202,11 +209,21 @@ async def test_projects_do_not_see_each_other(start_server: ServerFactory, conne
             if inner := re.findall(r"{(message|run)_id}", path):
                 answer = await theirs.ask(method, filled(path, **ids | {"thread": own}), bodies.get(act.__name__))
                 assert answer.fault == Fault(404, f"No {inner[0]} found with id '{ids[inner[0]]}'."), (method, path)
+        own_store = (await theirs.made("/vector_stores"))["id"]
+        stolen = await theirs.post(f"/vector_stores/{own_store}/files", {"file_id": ids["file"]})
+        assert stolen.fault == Fault(404, f"Files [{ids['file']}] were not found")
+        resources = {"file_search": {"vector_store_ids": [store.id]}}
+        assert (await theirs.post("/threads", {"tool_resources": resources})).fault == not_found(
+            "vector_store", store.id
+        )
         assert (await ours.read(f"{thread}/runs/{run.id}"))["status"] == "requires_action"
         assert (await ours.read(thread))["metadata"] == {}
         assert (await ours.get(f"{thread}/messages")).ids == [message_id]
         assert (await ours.get("/assistants")).ids == [run.assistant_id]
         assert (await ours.get(f"/files/{ids['file']}/content")).content == b"ours"
+        [found] = (await ours.made(f"/vector_stores/{store.id}/search", {"query": "ours"}))["data"]
+        assert found["file_id"] == ids["file"]
+        assert (await ours.made(f"/uploads/{upload['id']}/cancel"))["status"] == "cancelled"
 
 
 async def test_a_project_can_import_ids_of_its_own(start_server: ServerFactory, connect: Any, tmp_path: Path):

@@ -17,7 +17,7 @@ async def test_a_code_interpreter_that_is_whole(server: Server, wire: Wire):
     assert (await wire.get("//healthz")).json == {
         "status": "ok",
         "version": __version__,
-        "engines": {"code_interpreter": "on", "file_search": "off"},
+        "engines": {"code_interpreter": "on", "file_search": "on"},
     }
 
 

@@ -70,13 +70,15 @@ async def assert_pages_agree(wire: Wire, path: str, limit: int) -> list[str]:
 class Lists:
     """One path for each list route, on a thread with a run of two steps."""
 
-    def __init__(self, thread_id: str, run_id: str) -> None:
+    def __init__(self, thread_id: str, run_id: str, store_id: str) -> None:
         self.by_noun = {
             "assistant": "/assistants",
             "thread": "/threads",
             "message": f"/threads/{thread_id}/messages",
             "run": f"/threads/{thread_id}/runs",
             "run step": f"/threads/{thread_id}/runs/{run_id}/steps",
+            "vector store": "/vector_stores",
+            "file": f"/vector_stores/{store_id}/files",
         }
 
 
@@ -92,14 +94,19 @@ async def lists(server: Server) -> Lists:
         tool_outputs=[{"tool_call_id": call.id, "output": "rain"}],
         poll_interval_ms=5,
     )
-    return Lists(run.thread_id, run.id)
+    store = await server.client.vector_stores.create()
+    for name in "ab":
+        uploaded = await server.client.files.create(file=(name, b"text"), purpose="assistants")
+        await server.client.vector_stores.files.create_and_poll(uploaded.id, vector_store_id=store.id)
+    return Lists(run.thread_id, run.id, store.id)
 
 
 def test_no_list_is_forgotten():
-    """The lists tested here are all there are, beside that of the files, which is another sort."""
+    """The lists tested here are all there are, beside that of the files, which is another sort, and batches' files,
+    which are read as those of their stores are."""
     routes = [act.__name__ for method, _, act in ROUTES if act.__name__.startswith("list_")]
     nouns = [name.removeprefix("list_").removesuffix("s").replace("_", " ") for name in routes]
-    assert {*nouns} == {*Lists("", "").by_noun, "model", "file"}
+    assert {*nouns} == {*Lists("", "", "").by_noun, "model", "vector store file", "files of batch"}
 
 
 async def test_every_list_reads_its_query_alike(wire: Wire, lists: Lists):

@@ -88,7 +88,7 @@ async def test_a_refused_create_leaves_nothing(wire: Wire):
         ({"messages": [message(), message(attachments=[{"file_id": "file-x"}])]}, 404, "id"),
         ({"tool_resources": {"code_interpreter": {"file_ids": ["file-x"]}}}, 404, "id"),
         ({"tool_resources": {"file_search": {"vector_store_ids": ["vs_x"]}}}, 404, None),
-        ({"tool_resources": {"file_search": {"vector_stores": [{}]}}}, 400, "tool_resources.file_search.vector_stores"),
+        ({"tool_resources": {"file_search": {"vector_stores": [{"file_ids": ["file-x"]}]}}}, 404, None),
         ({"metadata": {"n": 1}}, 400, "metadata.n"),
         ({"x": 1}, 400, "x"),
         ({"messages": [message(x=1)]}, 400, "messages[0].x"),

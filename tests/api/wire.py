@@ -13,14 +13,50 @@ from typing import Any, NamedTuple
 
 import httpx2
 from jsonschema import Draft202012Validator
-from openai.types import FileDeleted, FileObject, Model
+from openai.types import (
+    FileDeleted,
+    FileObject,
+    Model,
+    Upload,
+    VectorStore,
+    VectorStoreDeleted,
+    VectorStoreSearchResponse,
+)
 from openai.types import beta as sdk
 from openai.types.beta import threads as sdk_threads
 from openai.types.beta.threads import runs as sdk_runs
+from openai.types.uploads import UploadPart
+from openai.types.vector_stores import (
+    FileContentResponse,
+    VectorStoreFile,
+    VectorStoreFileBatch,
+    VectorStoreFileDeleted,
+)
 from pydantic import BaseModel
 
 Json = dict[str, Any]
 REQUEST_ID = re.compile(r"req_[0-9a-f]{32}")
+# The schemas of these do not allow the nulls that the service sends, or the SDK expects.
+NULLS = {"file", "upload", "vector_store"}
+
+
+class SearchPage(BaseModel):
+    """As the SDK's pager reads it."""
+
+    object: str
+    search_query: list[str]
+    data: list[VectorStoreSearchResponse]
+    has_more: bool
+    next_page: None
+
+
+class ContentPage(BaseModel):
+    object: str
+    data: list[FileContentResponse]
+    has_more: bool
+    next_page: None
+
+
 SHAPES: dict[str, tuple[type[BaseModel], str]] = {
     "assistant": (sdk.Assistant, "AssistantObject"),
     "assistant.deleted": (sdk.AssistantDeleted, "DeleteAssistantResponse"),
@@ -32,6 +68,15 @@ SHAPES: dict[str, tuple[type[BaseModel], str]] = {
     "thread.run.step": (sdk_runs.RunStep, "RunStepObject"),
     "file": (FileObject, "OpenAIFile"),
     "file.deleted": (FileDeleted, "DeleteFileResponse"),
+    "upload": (Upload, "Upload"),
+    "upload.part": (UploadPart, "UploadPart"),
+    "vector_store": (VectorStore, "VectorStoreObject"),
+    "vector_store.deleted": (VectorStoreDeleted, "DeleteVectorStoreResponse"),
+    "vector_store.file": (VectorStoreFile, "VectorStoreFileObject"),
+    "vector_store.file.deleted": (VectorStoreFileDeleted, "DeleteVectorStoreFileResponse"),
+    "vector_store.files_batch": (VectorStoreFileBatch, "VectorStoreFileBatchObject"),
+    "vector_store.search_results.page": (SearchPage, "VectorStoreSearchResultsPage"),
+    "vector_store.file_content.page": (ContentPage, "VectorStoreFileContentResponse"),
     "model": (Model, "Model"),
 }
 ENVELOPE = {"object", "data", "first_id", "last_id", "has_more"}
@@ -48,9 +93,12 @@ class Fault(NamedTuple):
 
 
 def not_found(noun: str, object_id: str) -> Fault:
-    """Files have words of their own."""
+    """Files and vector stores have words of their own."""
     if noun == "file":
         return Fault(404, f"No such File object: {object_id}", "id")
+    if noun == "vector_store":
+        return Fault(404, f"Vector store with id '{object_id}' not found.")
+    noun = {"step": "run step", "batch": "file batch"}.get(noun, noun)
     return Fault(404, f"No {noun} found with id '{object_id}'.")
 
 
@@ -184,8 +232,10 @@ def check_shape(body: Json, content: bytes) -> None:
     model, schema = SHAPES["file.deleted" if deleted_file else body["object"]]
     model.model_validate_json(content, strict=True)
     if validator := _validator(schema):
-        # Of files, the published schema does not allow the nulls that the service sends.
-        validator.validate({key: value for key, value in body.items() if body["object"] != "file" or value is not None})
+        kept = {key: value for key, value in body.items() if body["object"] not in NULLS or value is not None}
+        if kept.get("file"):
+            kept["file"] = {key: value for key, value in kept["file"].items() if value is not None}
+        validator.validate(kept)
 
 
 @cache

@@ -24,7 +24,7 @@ from afterglow.rows.events import list_segments
 from afterglow.runs.states import RUN_MOVES, TERMINAL
 from afterglow.settings import Settings, load
 from afterglow.store.sqlite import SqliteStore
-from afterglow.testing import Saying, ScriptedEngine, ScriptedModels, SetClock
+from afterglow.testing import Saying, ScriptedEngine, ScriptedModels, ScriptedParser, SetClock
 
 PROJECT = "default"
 PATIENCE_S = 20
@@ -152,7 +152,9 @@ async def mortal(folder: Path, model: ScriptedModels, **settings: Any) -> AsyncG
 
     # Not `open_application`: that cannot be left without an orderly end.
     with patch.object(app, "SqliteStore", open_store):
-        application = await app._build(settings_of(folder, **settings), model, SetClock(), ScriptedEngine())
+        application = await app._build(
+            settings_of(folder, **settings), model, SetClock(), ScriptedEngine(), ScriptedParser()
+        )
     (store,) = stores
     await application.start()
     try:
@@ -160,9 +162,13 @@ async def mortal(folder: Path, model: ScriptedModels, **settings: Any) -> AsyncG
     finally:
         store.dead.set()
         left = asyncio.all_tasks() - before - {asyncio.current_task()}
-        for task in left:
-            task.cancel()
+        waiting = left
+        while waiting:  # again and again: who tidies up when cancelled would do so through the dead store
+            for task in waiting:
+                task.cancel()
+            _, waiting = await asyncio.wait(waiting, timeout=0.01)
         await asyncio.gather(*left, return_exceptions=True)
+        await application.house.index.close()
         await store.close()
 
 
@@ -172,7 +178,9 @@ async def next_life(
 ) -> AsyncGenerator[Life, None]:
     """A server that was started as always, on what another one left."""
     loaded = settings_of(folder, **settings)
-    async with open_application(loaded, models=model, clock=clock or SetClock()) as application:
+    async with open_application(
+        loaded, models=model, clock=clock or SetClock(), parser=ScriptedParser()
+    ) as application:
         yield Life(application)
 
 

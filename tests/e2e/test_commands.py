@@ -272,3 +272,22 @@ def test_import_of_what_is_not_there(capsys: pytest.CaptureFixture[str]):
     """A file that cannot be read is reported and the status is 1."""
     assert cli.main(["import", "nowhere.jsonl", "--data", "data"]) == 1
     assert "nowhere.jsonl: cannot be read" in capsys.readouterr().out
+
+
+def test_backup_and_restore(capsys: pytest.CaptureFixture[str]):
+    """`afterglow backup` copies a data folder, of which `afterglow restore` makes one; keys are in it."""
+    assert cli.main(["keys", "create", "--data", "data"]) == 0
+    assert cli.main(["backup", "copy", "--data", "data"]) == 0
+    assert "copy holds a backup of 1 files" in capsys.readouterr().out
+    assert cli.main(["restore", "copy", "--data", "new"]) == 0
+    assert "new is ready to be served" in capsys.readouterr().out
+    assert cli.main(["keys", "list", "--data", "new"]) == 0
+    assert "valid" in capsys.readouterr().out
+
+
+def test_restore_over_something(capsys: pytest.CaptureFixture[str]):
+    """A data folder that holds anything is never restored into."""
+    cli.main(["keys", "create", "--data", "data"])
+    cli.main(["backup", "copy", "--data", "data"])
+    assert cli.main(["restore", "copy", "--data", "data"]) == 1
+    assert "afterglow: The folder data is not empty. Name a new one.\n" in capsys.readouterr().err

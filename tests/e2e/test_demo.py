@@ -18,6 +18,19 @@ pytestmark = pytest.mark.slow
 TARGETS = '{"year": 2025, "targets": {"North": 73500, "South": 33075, "East": 33600, "West": 43050}}'
 PAUSE = ("requires_action", 'the model calls get_sales_targets({"year": 2025})', f"we answer       {TARGETS}")
 
+DOCUMENT = (
+    "A document, an assistant that searches it",
+    "runs.md, ",
+    "searches   expire tool outputs",
+    "finds      ",
+    "The answer, and what it cites",
+    "A run expires `run_expires_s` (600) seconds after it was **created**",
+    '"Tool outputs do',
+    "†runs.md】 is from runs.md, characters ",
+    "verified: it stands there",
+    "│ ## Expiry",
+)
+
 
 def in_order(text: str, *parts: str) -> None:
     """Fails unless the parts stand in the text one after the other."""
@@ -29,11 +42,12 @@ def in_order(text: str, *parts: str) -> None:
 async def test_the_story(tmp_path: Path):
     """With an engine it tells the whole story: the pause, the code, the answer, the files, the stream. The files stay,
     nothing else does."""
-    ended = await afterglow("demo", env=environment(TMPDIR=str(tmp_path)))
+    own = environment(TMPDIR=str(tmp_path), AFTERGLOW_CODE_INTERPRETER="auto")
+    ended = await afterglow("demo", env=own)
     assert ended.code == 0, ended.err
-    assert ended.err == ""
     if "code interpreter  off" in ended.out:
         pytest.skip(next(line.strip() for line in ended.out.splitlines() if "code interpreter  off" in line))
+    assert ended.err == ""
     in_order(
         ended.out,
         "A server is up",
@@ -61,6 +75,7 @@ async def test_the_story(tmp_path: Path):
         "Beeswax candle is highest in units by product",
         "thread.message.completed",
         "thread.run.completed",
+        *DOCUMENT,
         "Your turn",
     )
     assert "\033" not in ended.out
@@ -80,7 +95,7 @@ async def test_the_story_without_an_engine(tmp_path: Path):
     in_order(
         ended.out,
         "code interpreter  off. ",
-        "Set it to `auto`.",
+        "Set it to `auto`. The demo goes on without.",
         *PAUSE,
         "completed",
         "2. wrote Python, which could not be run: ",
@@ -93,6 +108,7 @@ async def test_the_story_without_an_engine(tmp_path: Path):
         "thread.message.in_progress",
         "North 73500",
         "thread.run.completed",
+        *DOCUMENT,
         "Your turn",
     )
     assert "yours to keep" not in ended.out
@@ -126,7 +142,8 @@ async def test_a_model_server_of_yours():
         ended = await told_by(model, "--model-key", "sk-mine")
         assert ended.code == 0, ended.err
         assert ended.err == ""
-        assert ended.out.count("One two three.") == 2
+        assert ended.out.count("One two three.") == 3
+        assert "It cites nothing." in ended.out
         assert "1. wrote the answer" in ended.out
         assert {request.headers["authorization"] for request in model.chats} == {"Bearer sk-mine"}
 

@@ -421,11 +421,12 @@ def code_call(*logs: str) -> Json:
     return {"id": "call_code", "type": "code_interpreter", "code_interpreter": {"input": "1+1", "outputs": outputs}}
 
 
-SEARCH_CALL: Json = {"id": "call_search", "type": "file_search", "file_search": {"results": [{"file_id": "file-1"}]}}
+SEARCH_CALL: Json = {"id": "call_search", "type": "file_search", "file_search": {"x-queries": ["what"], "results": []}}
+FOUND = {"call_search": "what was found"}
 
 
 def chat_of_calls(stored: RunStep) -> list[Json]:
-    made = calls_turn((1, 1), stored, RUN, NAMES)
+    made = calls_turn((1, 1), stored, RUN, NAMES, FOUND)
     assert made is not None
     assert (made.role, made.id, made.own) == ("calls", stored.id, stored.run_id == RUN)
     return made.chat
@@ -440,10 +441,10 @@ def test_calls_and_outputs_are_one_turn():
     assert [json.loads(call["function"]["arguments"]) for call in asked["tool_calls"]] == [
         {"a": 1},
         {"code": "1+1"},
-        {},
+        {"queries": ["what"]},
     ]
     assert [(said["role"], said["tool_call_id"]) for said in outputs] == [("tool", name) for name, _ in called]
-    assert [said["content"] for said in outputs] == ["one", "2\n[image: file-1]", '[{"file_id":"file-1"}]']
+    assert [said["content"] for said in outputs] == ["one", "2\n[image: file-1]", "what was found"]
 
 
 def test_a_call_without_output_is_not_shown():
@@ -461,10 +462,10 @@ def test_empty_arguments_and_outputs_are_made_sense_of():
 
 
 def test_a_tool_that_failed_says_why():
-    """The step's error stands in for the results of a search, and for the output of code that shows none."""
+    """The step's error stands in for the output of code that shows none, and not for what a search beside it found."""
     silent: Json = {"id": "call_1", "type": "code_interpreter", "code_interpreter": {"input": "x=1", "outputs": []}}
-    for call in (SEARCH_CALL, silent):
-        assert chat_of_calls(step(call, error="No disk."))[1]["content"] == "ERROR: No disk."
+    _, *outputs = chat_of_calls(step(SEARCH_CALL, silent, error="No disk."))
+    assert [said["content"] for said in outputs] == ["what was found", "ERROR: No disk."]
 
 
 def test_outputs_of_earlier_runs_are_clipped():

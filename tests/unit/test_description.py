@@ -210,17 +210,20 @@ def test_limits_of_query_parameters():
 
 
 def test_bodies_are_described_where_they_are_read():
-    """Creating and modifying takes a body, which only an empty thread can do without; nothing else takes one."""
+    """Creating, modifying and a few more take a body, which only an empty thread or vector store can do without."""
     required = {
         operation["operationId"]: operation["requestBody"]["required"]
         for operation in OPERATIONS.values()
         if "requestBody" in operation
     }
-    assert required.pop("createThread") is False
+    assert required.pop("createThread") is required.pop("createVectorStore") is False
     assert set(required.values()) == {True}
     assert set(required) == {
         *("createAssistant", "modifyAssistant", "modifyThread", "createMessage", "modifyMessage"),
         *("createRun", "createThreadAndRun", "modifyRun", "submitToolOutputs", "createFile"),
+        *("createUpload", "createUploadPart", "completeUpload", "modifyVectorStore", "searchVectorStore"),
+        "explainSearch",
+        *("createVectorStoreFile", "modifyVectorStoreFile", "createFileBatch"),
     }
 
 
