@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     backup.add_argument("path", type=Path, metavar="DIR", help="a new or empty folder")
     restore = _command(commands, "restore", _restore, "make a data folder of a backup")
     restore.add_argument("path", type=Path, metavar="DIR", help="the folder of the backup")
-    for command in (backup, restore):
+    reindex = _command(commands, "reindex", _reindex, "have the files of vector stores indexed anew")
+    reindex.add_argument("store_id", nargs="?", metavar="VECTOR_STORE_ID", help="one store (default: all of them)")
+    for command in (backup, restore, reindex):
         _data_flags(command)
     for command in (importing, exporting):
         command.add_argument("--project", default="default", help="the project they belong to (default: default)")
@@ -235,6 +237,14 @@ def _restore(options: argparse.Namespace) -> int:
     from afterglow.backup import restore
 
     restore(_load(options), options.path, partial(print, flush=True))
+    return 0
+
+
+def _reindex(options: argparse.Namespace) -> int:
+    from afterglow.vector_stores import reindex
+
+    count = _with_store(options, lambda store: reindex(store, time.time(), options.store_id))
+    print(f"{count} files will be indexed anew by the server: now if it is running, else when it starts.")
     return 0
 
 

@@ -29,6 +29,7 @@
     │   ├── SandboxBusy
     │   ├── SandboxFull
     │   └── SessionLost
+    ├── Unreadable               no text can be had from a file; the file's `last_error` in its vector store
     ├── LostLease                another attempt of the run has taken over
     └── ConfigError              a setting is wrong; shown by the command line, never over HTTP
 
@@ -37,7 +38,11 @@ Raise where you know; catch at the HTTP edge (`api/edge.py`) and the worker edge
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
+
+UnreadableCode = Literal["unsupported_file", "invalid_file", "server_error"]
 
 
 class AfterglowError(Exception):
@@ -253,6 +258,15 @@ class SandboxFull(SandboxError):
 
 class SessionLost(SandboxError):
     """The session is over: its variables are gone. A new one can be opened."""
+
+
+class Unreadable(AfterglowError):
+    """No text can be had from this file. code, message: its `last_error` in a vector store, in words for its owner."""
+
+    def __init__(self, code: UnreadableCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
 
 
 class LostLease(AfterglowError):

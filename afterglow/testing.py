@@ -25,8 +25,8 @@ from afterglow.contracts import (
     TextDelta,
     ToolCallDelta,
 )
-from afterglow.errors import ModelError, NotFound, SandboxError, SessionLost
-from afterglow.ingest.extract import EMPTY, Extracted, Unreadable
+from afterglow.errors import ModelError, NotFound, SandboxError, SessionLost, Unreadable
+from afterglow.ingest.extract import EMPTY, Extracted
 from afterglow.ingest.parse import Parsed
 from afterglow.objects import Usage
 

@@ -586,9 +586,13 @@ async def expire_stores(house: House) -> None:
 async def reindex(store: Store, now: float, only: str | None = None) -> int:
     """Have the files of all stores of all projects, or of one store, indexed anew; return how many there are.
 
+    Raises NotFound when there is no such store, or when it has expired.
+
     Can be called beside a running server, whose pipeline then empties the index of each store and fills it again.
     """
     found = await store.read(lambda tx: store_rows.list_all(tx, now))
+    if only is not None and only not in [store_id for _, store_id in found]:
+        raise no_store(only)
     return sum([await _reindex_store(store, *place) for place in found if only in (None, place[1])])
 
 

@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 import msgspec
 
+from afterglow.errors import Unreadable
 from afterglow.ingest.chunk import TokenCounter, chunks
-from afterglow.ingest.extract import Unreadable
 from afterglow.ingest.parse import Failure, Job, Span, Success
 from afterglow.ingest.read import read
 

@@ -13,25 +13,15 @@ from typing import Literal, NamedTuple
 import msgspec
 from charset_normalizer import from_bytes
 
-from afterglow.errors import AfterglowError
+from afterglow.errors import Unreadable
 
 Format = Literal["pdf", "docx", "pptx", "xlsx", "doc", "html", "json", "csv", "text"]
-FailureCode = Literal["unsupported_file", "invalid_file", "server_error"]
 
 MAX_TEXT_CHARS = 64_000_000  # far above 5,000,000 tokens of any script; keeps a bomb from filling the memory
 MAX_TEXT_BYTES = 4 * MAX_TEXT_CHARS
 _MAX_LAYOUT_CHARS = 20_000_000
 EMPTY = "The file could not be parsed because it is empty."
 TOO_LARGE = "The file could not be parsed because it is too large."
-
-
-class Unreadable(AfterglowError):
-    """No text can be had from this file. code and message: the file's `last_error`, in words for its owner."""
-
-    def __init__(self, code: FailureCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
 
 
 class PageSpan(NamedTuple):

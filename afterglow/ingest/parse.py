@@ -18,7 +18,8 @@ from pathlib import Path
 import msgspec
 
 from afterglow.contracts import Chunk
-from afterglow.ingest.extract import Extracted, FailureCode, Unreadable, too_large
+from afterglow.errors import Unreadable, UnreadableCode
+from afterglow.ingest.extract import Extracted, too_large
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 _MAX_ANSWER_BYTES = 400_000_000
@@ -52,7 +53,7 @@ class Success(msgspec.Struct, tag="text", array_like=True):
 
 
 class Failure(msgspec.Struct, tag="failure", array_like=True):
-    code: FailureCode
+    code: UnreadableCode
     message: str
 
 

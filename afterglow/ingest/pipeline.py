@@ -28,10 +28,10 @@ from afterglow.errors import (
     ModelError,
     ModelRefused,
     StoreError,
+    Unreadable,
 )
 from afterglow.files import read_file
 from afterglow.ids import new_id
-from afterglow.ingest.extract import Unreadable
 from afterglow.ingest.parse import Parsed
 from afterglow.ingest.states import move_file
 from afterglow.ingest.upkeep import index_lock, settle, settle_all

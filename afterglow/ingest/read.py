@@ -9,6 +9,7 @@ import zlib
 from typing import BinaryIO
 from xml.parsers import expat
 
+from afterglow.errors import Unreadable
 from afterglow.ingest.archive import Archive
 from afterglow.ingest.doc import read_doc
 from afterglow.ingest.extract import (
@@ -16,7 +17,6 @@ from afterglow.ingest.extract import (
     MAX_TEXT_BYTES,
     MAX_TEXT_CHARS,
     Extracted,
-    Unreadable,
     binary_format_of,
     decode,
     invalid,

@@ -42,6 +42,7 @@ BODIES: dict[str, Json] = {
     "create_vector_store": {},
     "modify_vector_store": {},
     "search_vector_store": {"query": "q"},
+    "explain_search": {"query": "q"},
     "create_vector_store_file": {"file_id": "file-x"},
     "modify_vector_store_file": {"attributes": {}},
     "create_file_batch": {"file_ids": ["file-x"]},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from afterglow.ingest.extract import Unreadable
+from afterglow.errors import Unreadable
 from tests.api.stores import CATS, DOGS, check_counts, indexed_files, search, settled, upload
 from tests.api.wire import Fault, Json, Wire, until
 from tests.conftest import Server

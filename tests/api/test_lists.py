@@ -102,11 +102,11 @@ async def lists(server: Server) -> Lists:
 
 
 def test_no_list_is_forgotten():
-    """The lists tested here are all there are, beside that of the files, which is another sort, and batches' files,
-    which are read as those of their stores are."""
+    """The lists tested here are all there are, beside those of other sorts (files, chunks, citations), and batches'
+    files, which are read as those of their stores are."""
     routes = [act.__name__ for method, _, act in ROUTES if act.__name__.startswith("list_")]
     nouns = [name.removeprefix("list_").removesuffix("s").replace("_", " ") for name in routes]
-    assert {*nouns} == {*Lists("", "", "").by_noun, "model", "vector store file", "files of batch"}
+    assert {*nouns} == {*Lists("", "", "").by_noun, "model", "vector store file", "files of batch", "chunk", "citation"}
 
 
 async def test_every_list_reads_its_query_alike(wire: Wire, lists: Lists):

@@ -12,8 +12,7 @@ import pytest
 
 from afterglow import vector_stores
 from afterglow.app import build_parser
-from afterglow.errors import ModelUnreachable
-from afterglow.ingest.extract import Unreadable
+from afterglow.errors import ModelUnreachable, Unreadable
 from afterglow.ingest.upkeep import settle_all
 from afterglow.settings import load
 from afterglow.testing import ScriptedEmbedder, SetClock

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from afterglow.errors import Unreadable
 from afterglow.ingest import parse as parse_module
-from afterglow.ingest.extract import TOO_LARGE, Unreadable
+from afterglow.ingest.extract import TOO_LARGE
 from afterglow.ingest.parse import Parsed, Parsers
 from tests.documents import docx, paragraph, pdf, xlsx, zipped
 

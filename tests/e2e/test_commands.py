@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from afterglow import __version__, app, cli, doctor
+from afterglow import __version__, cli, doctor
 from afterglow.contracts import EngineStatus
 from afterglow.sandbox import apparmor
 from afterglow.settings import PREFIX
@@ -225,12 +225,6 @@ def test_doctor_without_a_code_interpreter(
     assert "This kernel refuses user namespaces.\n     → Ask it nicely.\n" in capsys.readouterr().out
 
 
-def test_doctor_says_what_is_not_built_yet(capsys: pytest.CaptureFixture[str]):
-    """File search is named as what is not part of this version."""
-    cli.main(["doctor", "--data", "data"])
-    assert app.ENGINES_OFF["file_search"] in capsys.readouterr().out
-
-
 def test_an_engine_that_takes_its_time(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """The doctor does not wait for ever, and takes down what it started."""
     engine = use_engine(monkeypatch, EngineStatus("starting"))
@@ -283,6 +277,14 @@ def test_backup_and_restore(capsys: pytest.CaptureFixture[str]):
     assert "new is ready to be served" in capsys.readouterr().out
     assert cli.main(["keys", "list", "--data", "new"]) == 0
     assert "valid" in capsys.readouterr().out
+
+
+def test_reindex(capsys: pytest.CaptureFixture[str]):
+    """`afterglow reindex` says how many files it has made jobs of, and refuses a store that is not there."""
+    assert cli.main(["reindex", "--data", "data"]) == 0
+    assert capsys.readouterr().out.startswith("0 files will be indexed anew by the server")
+    assert cli.main(["reindex", "vs_x", "--data", "data"]) == 1
+    assert capsys.readouterr().err == "afterglow: Vector store with id 'vs_x' not found.\n"
 
 
 def test_restore_over_something(capsys: pytest.CaptureFixture[str]):

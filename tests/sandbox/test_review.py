@@ -640,7 +640,7 @@ async def test_hundreds_of_sessions_leave_nothing(start_engine: StartEngine) -> 
 
 async def test_chance_differs(engine: NativeEngine) -> None:
     """Two sessions draw different numbers, from the global generators too, and so do the forks of one."""
-    draw = "import random, numpy, os, uuid, secrets\nprint(numpy.random.rand(3), random.random(), uuid.uuid4())"
+    draw = "import random, numpy, os, uuid, secrets\nprint(*numpy.random.rand(3), random.random(), uuid.uuid4())"
     opened = [await engine.open() for _ in range(2)]
     drawn = [(await run(session, draw)).text.split() for session in opened]
     assert not set(drawn[0]) & set(drawn[1])

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from semantic_text_splitter import TextSplitter
 
 from afterglow.contracts import Chunk
+from afterglow.errors import Unreadable
 from afterglow.ingest import chunk as chunk_module
 from afterglow.ingest.chunk import VOCABULARY_OF, TokenCounter, chunks
-from afterglow.ingest.extract import PageSpan, Unreadable
+from afterglow.ingest.extract import PageSpan
 
 COUNTER = TokenCounter()
 PROSE = (

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterglow.ingest.extract import EMPTY, MAX_TEXT_CHARS, TOO_LARGE, Extracted, TextBuilder, Unreadable, decode
+from afterglow.errors import Unreadable
+from afterglow.ingest.extract import EMPTY, MAX_TEXT_CHARS, TOO_LARGE, Extracted, TextBuilder, decode
 from afterglow.ingest.read import read
 from tests import documents
 from tests.documents import W, docx, paragraph, pdf, pptx, slide_text, xlsx, zipped
