@@ -209,6 +209,51 @@ async function files() {
   rmSync(path);
 }
 
+async function fileSearch() {
+  // A store that is filled one by one and in a batch, searched by hand and by an assistant that cites what it found.
+  const stores = client.vectorStores;
+  const store = await stores.create({ name: 'Handbook' });
+  const leave = await toFile(Buffer.from('Everyone has 30 days of leave a year.'), 'leave.md');
+  const file = await stores.files.uploadAndPoll(store.id, leave);
+  assert.deepEqual([file.status, file.last_error, file.vector_store_id], ['completed', null, store.id]);
+  const more = [await toFile(Buffer.from('Tea is at four.'), 'tea.txt'), await toFile(Buffer.from('%PDF-1.4'), 'no.pdf')];
+  const batch = await stores.fileBatches.uploadAndPoll(store.id, { files: more });
+  assert.deepEqual([batch.status, batch.file_counts.completed, batch.file_counts.failed], ['completed', 1, 1]);
+  const failed = await collect(stores.files.list(store.id, { filter: 'failed' }));
+  assert.deepEqual(failed.map((each) => each.last_error.code), ['invalid_file']);
+  const found = await collect(stores.search(store.id, { query: 'how many days of leave' }));
+  assert.deepEqual([found[0].file_id, found[0].filename], [file.id, 'leave.md']);
+  const assistant = await assistants.create({
+    model: 'gpt-4o',
+    tools: [{ type: 'file_search' }],
+    tool_resources: { file_search: { vector_store_ids: [store.id] } },
+  });
+  const thread = await threads.create(said('Search: days of leave'));
+  const run = await runs.createAndPoll(thread.id, { assistant_id: assistant.id });
+  assert.equal(run.status, 'completed');
+  const [newest] = (await messages.list(thread.id, { limit: 1 })).data;
+  const [citation] = newest.content[0].text.annotations;
+  assert.deepEqual([citation.type, citation.file_citation.file_id], ['file_citation', file.id]);
+  assert.equal(textOf(newest).slice(citation.start_index, citation.end_index), citation.text);
+  assert.ok((await remove(stores, store.id)).deleted);
+  await assert.rejects(stores.retrieve(store.id), OpenAI.NotFoundError);
+}
+
+async function uploads() {
+  const data = Buffer.alloc(250_000, 'afterglow');
+  const about = { bytes: data.length, filename: 'a.txt', mime_type: 'text/plain', purpose: 'assistants' };
+  const upload = await client.uploads.create(about);
+  const part = async (from, to) =>
+    (await client.uploads.parts.create(upload.id, { data: await toFile(data.subarray(from, to), 'part') })).id;
+  const second = await part(100_000);
+  const part_ids = [await part(0, 100_000), second];
+  const done = await client.uploads.complete(upload.id, { part_ids });
+  assert.deepEqual([done.status, done.file.bytes], ['completed', data.length]);
+  const content = await client.files.content(done.file.id);
+  assert.ok(Buffer.from(await content.arrayBuffer()).equals(data));
+  assert.equal((await client.uploads.cancel((await client.uploads.create(about)).id)).status, 'cancelled');
+}
+
 async function cancelled(assistant) {
   // Leaving a stream does not end the run; cancelling does, and frees the thread.
   const thread = await threads.create(said('Think hard.'));
@@ -229,6 +274,8 @@ await objects();
 await badRequests();
 await pages();
 await files();
+await fileSearch();
+await uploads();
 const weather = await assistants.create({ model: 'gpt-4o', instructions: 'Tell the weather.', tools: [GET_WEATHER] });
 await polledRun(weather);
 await functionsByPolling(weather);

@@ -407,12 +407,125 @@ async def files(client):
     assert error.param == "purpose"
 
 
+def vector_stores_of(client):
+    """They left the beta in 1.66."""
+    return client.vector_stores if hasattr(client, "vector_stores") else client.beta.vector_stores
+
+
+async def vector_stores(client):
+    """Made, filled one by one and in a batch, searched, modified and deleted."""
+    stores = vector_stores_of(client)
+    store = await value(stores.create(name="Handbook", expires_after={"anchor": "last_active_at", "days": 2}))
+    assert (store.object, store.name, store.status, store.file_counts.total) == (
+        "vector_store",
+        "Handbook",
+        "completed",
+        0,
+    )
+    assert store.expires_at == store.last_active_at + 2 * 86400
+    leave = ("leave.md", b"# Leave\n\nEveryone has 30 days of leave a year.\n")
+    file = await value(stores.files.upload_and_poll(vector_store_id=store.id, file=leave))
+    assert (file.status, file.last_error, file.vector_store_id) == ("completed", None, store.id)
+    assert file.chunking_strategy.static.max_chunk_size_tokens == 800
+    more = [("tea.txt", b"Tea is at four."), ("broken.pdf", b"%PDF-1.4 broken")]
+    batch = await value(stores.file_batches.upload_and_poll(store.id, files=more))
+    assert (batch.status, batch.file_counts.completed, batch.file_counts.failed) == ("completed", 1, 1)
+    failed = await items(stores.files.list(vector_store_id=store.id, filter="failed"))
+    assert [each.last_error.code for each in failed] == ["invalid_file"]
+    assert len(await items(stores.file_batches.list_files(batch.id, vector_store_id=store.id))) == 2
+    if hasattr(stores, "search"):
+        found = await items(stores.search(store.id, query="how many days of leave"))
+        assert (found[0].file_id, found[0].filename, found[0].content[0].type) == (file.id, "leave.md", "text")
+        assert 0 < found[0].score <= 1
+        changed = await value(stores.files.update(file.id, vector_store_id=store.id, attributes={"year": 2026}))
+        assert changed.attributes == {"year": 2026}
+        where = {"type": "gt", "key": "year", "value": 2025}
+        assert [each.file_id for each in await items(stores.search(store.id, query="tea, leave", filters=where))] == [
+            file.id
+        ]
+        text = await items(stores.files.content(file.id, vector_store_id=store.id))
+        assert "30 days of leave" in text[0].text
+    assert (await value(stores.update(store.id, name="Other"))).name == "Other"
+    assert (await value(stores.files.delete(file.id, vector_store_id=store.id))).deleted
+    assert store.id in [each.id for each in await items(stores.list(limit=1))]
+    assert (await value(stores.delete(store.id))).object == "vector_store.deleted"
+    error = await refused(openai.NotFoundError, stores.retrieve, store.id)
+    assert error.body["message"] == f"Vector store with id '{store.id}' not found."
+
+
+async def cited_run(client):
+    """An assistant that searches a store of its own and a message's attachment, and cites what it found."""
+    stores = vector_stores_of(client)
+    store = await value(stores.create())
+    leave = ("leave.md", b"Everyone has 30 days of leave a year.")
+    await value(stores.files.upload_and_poll(vector_store_id=store.id, file=leave))
+    assistant = await value(
+        client.beta.assistants.create(
+            model="gpt-4o",
+            tools=[{"type": "file_search", "file_search": {"max_num_results": 5}}],
+            tool_resources={"file_search": {"vector_store_ids": [store.id]}},
+        )
+    )
+    extra = await value(
+        client.files.create(file=("extra.txt", b"Parents have ten days of leave more."), purpose="assistants")
+    )
+    attachment = {"file_id": extra.id, "tools": [{"type": "file_search"}]}
+    said = {"role": "user", "content": "Search: days of leave", "attachments": [attachment]}
+    thread = await value(client.beta.threads.create(messages=[said]))
+    runs = client.beta.threads.runs
+    async with opened(runs.stream(thread_id=thread.id, assistant_id=assistant.id)) as stream:
+        names = without_repeats([event.event for event in await items(stream)])
+        run = await value(stream.get_final_run())
+        message = (await value(stream.get_final_messages()))[0]
+    assert (run.status, names[-1]) == ("completed", "thread.run.completed")
+    text = message.content[0].text
+    [citation] = text.annotations
+    assert (citation.type, text.value) == ("file_citation", f"It stands there{citation.text}.")
+    assert text.value[citation.start_index : citation.end_index] == citation.text
+    assert citation.file_citation.file_id
+    search, _ = await items(runs.steps.list(run_id=run.id, thread_id=thread.id, order="asc"))
+    [call] = search.step_details.tool_calls
+    assert call.type == "file_search"
+    thread = await value(client.beta.threads.retrieve(thread.id))
+    assert len(thread.tool_resources.file_search.vector_store_ids) == 1
+
+
+async def uploads(client):
+    """A file in two parts that arrive the wrong way round."""
+    if not hasattr(client, "uploads"):
+        return
+    data = bytes(range(256)) * 1000
+    upload = await value(
+        client.uploads.create(bytes=len(data), filename="a.bin", mime_type="text/plain", purpose="assistants")
+    )
+    second = await value(client.uploads.parts.create(upload.id, data=data[100_000:]))
+    first = await value(client.uploads.parts.create(upload.id, data=data[:100_000]))
+    short = await refused(openai.BadRequestError, client.uploads.complete, upload.id, part_ids=[first.id])
+    assert short.status_code == 400
+    done = await value(client.uploads.complete(upload.id, part_ids=[first.id, second.id]))
+    assert (done.status, done.file.bytes) == ("completed", len(data))
+    assert (await value(client.files.content(done.file.id))).content == data
+    other = await value(client.uploads.create(bytes=1, filename="b", mime_type="text/plain", purpose="assistants"))
+    assert (await value(client.uploads.cancel(other.id))).status == "cancelled"
+
+
 async def models(client):
     assert [model.id for model in await items(client.models.list())] == ["talker"]
 
 
 async def story(client):
-    for chapter in (assistants, threads, messages, bad_requests, pages, files, models):
+    for chapter in (
+        assistants,
+        threads,
+        messages,
+        bad_requests,
+        pages,
+        files,
+        vector_stores,
+        cited_run,
+        uploads,
+        models,
+    ):
         await chapter(client)
     weather = await value(
         client.beta.assistants.create(model="gpt-4o", instructions="Tell the weather.", tools=[GET_WEATHER])

@@ -4,6 +4,8 @@ Said last, and the answer:
 
     Weather in Oslo, Rome?      calls get_weather once for each city, in parallel
     the functions' outputs      "It is OUTPUT and OUTPUT."
+    Search: leave               calls file_search for `leave`
+    what was found              "It stands there【…】.", with the marker of the first passage
     … Use the function.         calls the first of its functions, without arguments, as `afterglow doctor` asks for it
     Think …                     begins to answer, and never goes on
     anything else               "One two three."
@@ -41,11 +43,15 @@ class TalkingModel(ScriptedServer):
 
     def _reply_to(self, messages: list[Any], tools: Sequence[Any] = (), **_: Any) -> Answer:
         outputs = [m["content"] for m in itertools.takewhile(lambda m: m["role"] == "tool", reversed(messages))]
+        if outputs and (marker := re.search(r"【.+?】", outputs[0])):
+            return says("It stands", " there", marker[0][:3], marker[0][3:], ".")
         if outputs:
             return says("It", " is", f" {' and '.join(reversed(outputs))}.")
         text = _text(messages[-1])
         if asked := re.match(r"Weather in (.+)\?", text):
             return self._calls("get_weather", *({"city": city} for city in asked[1].split(", ")))
+        if text.startswith("Search: "):
+            return self._calls("file_search", {"queries": [text.removeprefix("Search: ")]})
         if text.endswith("Use the function."):
             return self._calls(tools[0]["function"]["name"], {})
         if text.startswith("Think"):
