@@ -69,14 +69,19 @@ def search_options(tools: Iterable[Json], model: str) -> SearchOptions:
 def queries_of(arguments: str) -> list[str]:
     """What a call asks for: `queries`, or one `query`; the arguments as they are when they are no such object."""
     try:
-        found = msgspec.json.decode(arguments)
-    except msgspec.DecodeError:
-        found = arguments
-    if isinstance(found, dict):
-        found = found.get("queries", found.get("query", ""))
-    asked = found if isinstance(found, list) else [found]
-    texts = [str(text).replace("\0", " ").strip()[:QUERY_CHARS] for text in asked]
+        asked = _asked(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        asked = [arguments]
+    texts = [text.replace("\0", " ").strip()[:QUERY_CHARS] for text in asked]
     return list(dict.fromkeys(text for text in texts if text))[:MAX_QUERIES]
+
+
+def _asked(arguments: str) -> list[str]:
+    found = msgspec.json.decode(arguments)
+    if isinstance(found, dict):
+        found = found.get("queries", found.get("query"))
+    every = found if isinstance(found, list) else [found]
+    return [str(one) for one in every if one is not None]
 
 
 def merged(found: Sequence[Sequence[Hit]], limit: int) -> list[Hit]:
