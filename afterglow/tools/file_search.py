@@ -29,6 +29,7 @@ INTRODUCTION = (
 )
 NOTHING = "No passage of the files matches."
 ABOUT_TOKENS = 40  # of a result, beside its text
+FENCE_DIGITS = 8
 
 
 class SearchOptions(NamedTuple):
@@ -152,5 +153,9 @@ def _plain(name: str) -> str:
 
 
 def _fence(text: str) -> str:
-    """A tag that the text does not contain: who writes a file cannot know it before the text is written."""
-    return "quote-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    """A tag that the text does not contain; the same at every call of the model."""
+    # Who writes a file can try until its text contains the start of its own hash: eight digits take some minutes.
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
+    while (fence := f"quote-{digest.hexdigest()[:FENCE_DIGITS]}") in text:
+        digest.update(fence.encode())
+    return fence
