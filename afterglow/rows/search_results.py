@@ -28,11 +28,12 @@ class StoredResult(NamedTuple):
 
 
 async def insert_results(tx: Transaction, project: str, found_by: FoundBy, results: Sequence[Json]) -> None:
-    """results: as `tools/file_search.py` makes them, in their order."""
+    """results: as `tools/file_search.py` makes them, in their order. Of a file that was deleted since, none is kept."""
     for position, result in enumerate(results):
         await tx.execute(
             "INSERT INTO search_results (project_id, thread_id, run_id, step_id, call_id, position, file_id, marker,"
-            " object) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+            " object) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9"
+            " WHERE EXISTS (SELECT 1 FROM files WHERE project_id = $1 AND id = $7)",
             project,
             *found_by,
             position,

@@ -566,9 +566,7 @@ class Execution:
             step = msgspec.structs.replace(opened, step_details=turn.details)
             if not turn.recorded:
                 await self._record_call(tx, row, turn, usage)
-            for call in turn.calls:
-                found_by = FoundBy(row.run.thread_id, row.run.id, step.id, call.id)
-                await insert_results(tx, row.project, found_by, call.results)
+            await self._keep_results(tx, row, turn)
             if waiting:
                 await step_rows.update_step(tx, row.project, step, usage=usage)
                 move_run(row.run, "calls_functions", now)
@@ -584,6 +582,13 @@ class Execution:
         if len(failures) == len(turn.calls):
             self._stop_offering_what_is_off()
         return not waiting
+
+    async def _keep_results(self, tx: Transaction, row: RunRow, turn: ModelTurn) -> None:
+        """What the turn's searches have found."""
+        for call in turn.calls:
+            assert turn.step is not None
+            found_by = FoundBy(row.run.thread_id, row.run.id, turn.step.id, call.id)
+            await insert_results(tx, row.project, found_by, call.results)
 
     async def _run_server_side(self, turn: ModelTurn, usage: Usage) -> None:
         """Run the calls whose engine is ours, one after the other."""

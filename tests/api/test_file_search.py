@@ -567,6 +567,32 @@ async def test_a_deleted_file_is_quoted_nowhere(server: Server) -> None:
     assert not [path for path in data.rglob("*") if path.is_file() and b"welcome on Fridays" in path.read_bytes()]
 
 
+async def _begun_beside_code(server: Server) -> tuple[Run, asyncio.Event]:
+    """A run whose turn has searched, and is running code until the event."""
+    assistant = await librarian(server, tools=[{"type": "code_interpreter"}])
+    go_on = asyncio.Event()
+    server.code.will([go_on])
+    both = calls(("file_search", {"queries": ["dogs"]}), ("python", {"code": "1"}))
+    server.model.will(both, says("Done."))
+    thread = await server.client.beta.threads.create(messages=[{"role": "user", "content": "Dogs?"}])
+    run = await server.client.beta.threads.runs.create(thread.id, assistant_id=assistant.id)
+    await until(lambda: server.code.ran)
+    return run, go_on
+
+
+async def test_a_file_deleted_after_it_was_found_is_not_quoted(server: Server) -> None:
+    """A file that is deleted between a search and the end of its turn is in no step, and the model does not read it."""
+    run, go_on = await _begun_beside_code(server)
+    [file] = (await server.client.files.list()).data
+    await server.client.files.delete(file.id)
+    go_on.set()
+    run = await server.poll(run)
+    assert run.status == "completed", run.last_error
+    [call] = await searches_of(server, run, include=[CONTENT])
+    assert call.file_search.results == []
+    assert output(server, 0) == "No passage of the files matches."
+
+
 async def test_another_project_sees_nothing(start_server: ServerFactory, tmp_path: Path) -> None:
     """With another project's key neither the store, nor the steps, nor anything found in them can be had."""
     async with start_server(tmp_path / "data", api_keys=("sk-a:a", "sk-b:b")) as server:
