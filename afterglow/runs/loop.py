@@ -728,6 +728,8 @@ class Execution:
                 message = msgspec.structs.replace(turn.message, content=turn.content)
                 events += await self._annotate(tx, row, message, turn.prompt.markers)
                 in_hand.content = message.content
+            if turn is not None:
+                await self._keep_results(tx, row, turn)
             if turn is not None and not turn.recorded:
                 await self._record_call(tx, row, turn, usage or Usage())
             row.run.last_error = error

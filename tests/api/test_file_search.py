@@ -593,6 +593,19 @@ async def test_a_file_deleted_after_it_was_found_is_not_quoted(server: Server) -
     assert output(server, 0) == "No passage of the files matches."
 
 
+async def test_what_was_found_before_a_cancel_is_shown(server: Server) -> None:
+    """A run that is cancelled after its search shows the same results with content and without."""
+    run, _ = await _begun_beside_code(server)
+    await server.client.beta.threads.runs.cancel(run.id, thread_id=run.thread_id)
+    assert (await server.poll(run)).status == "cancelled"
+    [plain] = await searches_of(server, run)
+    [full] = await searches_of(server, run, include=[CONTENT])
+    assert [result.score for result in plain.file_search.results or []] == [
+        result.score for result in full.file_search.results or [] if result.content
+    ]
+    assert plain.file_search.results
+
+
 async def test_another_project_sees_nothing(start_server: ServerFactory, tmp_path: Path) -> None:
     """With another project's key neither the store, nor the steps, nor anything found in them can be had."""
     async with start_server(tmp_path / "data", api_keys=("sk-a:a", "sk-b:b")) as server:
