@@ -670,7 +670,7 @@ class Execution:
         """A model that keeps calling what cannot be had is not asked for ever."""
         self._turns_for_nothing += 1
         if self._turns_for_nothing >= TURNS_FOR_NOTHING:
-            self._offered = offer([tool for tool in self.row.run.tools if tool["type"] == "function"])
+            self._offered = offer([tool for tool in self.row.run.tools if tool["type"] != "code_interpreter"])
 
     async def _record_call(self, tx: Transaction, row: RunRow, turn: ModelTurn, usage: Usage) -> None:
         """Add the tokens to the run, and one row for the ledger."""

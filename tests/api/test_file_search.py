@@ -530,6 +530,19 @@ async def test_what_was_found_is_shown_beside_a_tool_that_is_off(server: Server)
     assert len(annotations) == 1
 
 
+async def test_a_tool_that_is_off_takes_no_search_with_it(server: Server) -> None:
+    """When the code interpreter is offered no more, file search still is, and what it found is shown and cited."""
+    server.code.status = EngineStatus("off", reason="No sandbox.", remedy="Get one.")
+    assistant = await librarian(server, tools=[{"type": "code_interpreter"}])
+    code = calls(("python", {"code": "1"}))
+    server.model.will(asks("dogs"), code, code, says("Fridays 【0:0†doc0.md】."))
+    run = await server.run("Dogs?", assistant_id=assistant.id)
+    assert [tool["function"]["name"] for tool in server.model.requests[-1].tools] == ["file_search"]
+    assert quoted(output(server, 0)) == ["Dogs are welcome on Fridays."]
+    _, annotations = await text_of(server, run)
+    assert len(annotations) == 1
+
+
 async def test_a_function_may_bear_the_tools_name(server: Server) -> None:
     """A caller's own function named file_search is the caller's; the tool takes another name."""
     own: Any = {"type": "function", "function": {"name": "file_search", "parameters": {"type": "object"}}}
