@@ -76,6 +76,7 @@ from afterglow.tools.annotations import SANDBOX_PATH, citations, file_paths
 from afterglow.tools.code_interpreter import CodeInterpreter, SandboxListing
 from afterglow.tools.file_search import (
     context_tokens,
+    output_of,
     queries_of,
     results_of,
     search_options,
@@ -612,7 +613,7 @@ class Execution:
         search = partial(search_for_run, house, self.row, queries, options)
         found = await self.interrupt.wait(search)
         earlier = sum(bool(other.results) for other in turn.calls)
-        hits = within(found.hits, context_tokens(run.model, turn.prompt.budget_tokens))
+        hits = within(found.hits, context_tokens(run.model, self._room_for_results(turn)))
         names = {file_id: file.filename for file_id, file in found.files.items()}
         call.results = results_of(hits, names, found.number + earlier)
         call.search = {
@@ -620,6 +621,15 @@ class Execution:
             "results": [without_content(result) for result in call.results],
             "x-queries": queries,
         }
+
+    def _room_for_results(self, turn: ModelTurn) -> int:
+        """Tokens of the window that are not taken by what every prompt to come has: the run's own calls cannot be
+        left out, so the results of many searches would leave no room for an answer."""
+        prompt = turn.prompt
+        own = sum(each.tokens for each in prompt.cut.turns if each.own)
+        asked = next((each.tokens for each in reversed(prompt.cut.turns) if each.role == "user"), 0)
+        now = sum(estimate_tokens(output_of(call.results)) for call in turn.calls if call.results)
+        return prompt.budget_tokens - (prompt.needed_tokens - prompt.cut.tokens) - own - asked - now
 
     async def _run_code(self, turn: ModelTurn, call: Call, usage: Usage) -> None:
         if not turn.recorded:

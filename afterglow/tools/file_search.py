@@ -46,9 +46,9 @@ def is_small(model: str) -> bool:
     return model.startswith("gpt-3.5")
 
 
-def context_tokens(model: str, window_tokens: int) -> int:
-    """How much of what a search finds the model is given to read: half of its window at most."""
-    return min(SMALL_CONTEXT_TOKENS if is_small(model) else CONTEXT_TOKENS, window_tokens // 2)
+def context_tokens(model: str, left_tokens: int) -> int:
+    """How much of what a search finds the model is given to read: half of what is left of its window at most."""
+    return min(SMALL_CONTEXT_TOKENS if is_small(model) else CONTEXT_TOKENS, left_tokens // 2)
 
 
 def search_options(tools: Iterable[Json], model: str) -> SearchOptions:

@@ -191,6 +191,23 @@ async def test_a_small_window_is_not_overfilled(server: Server) -> None:
     assert 1 <= len(quoted(output(server))) <= 3
 
 
+async def test_many_searches_fit_a_small_window(server: Server) -> None:
+    """Each search of a run is given half of what the earlier ones have left, in one turn and from turn to turn."""
+    document = "\n".join(f"lamp number{number} " + "shines " * 98 for number in range(50))
+    tool = {"type": "file_search", "file_search": {"max_num_results": 50}}
+    assistant = await librarian(server, document, tool=tool)
+    twice = calls(("file_search", {"queries": ["lamp"]}), ("file_search", {"queries": ["shines"]}))
+    server.model.will(asks("lamp"), asks("shines"), twice, twice, says("Some."))
+    await server.run("Lamps?", assistant_id=assistant.id)
+    shown = [
+        len(quoted(message["content"])) for message in server.model.requests[-1].messages if "tool_call_id" in message
+    ]
+    assert len(shown) == 6
+    assert shown == sorted(shown, reverse=True)
+    assert shown[0] > 2 * shown[2] > 0
+    assert sum(shown) * 140 < 8192
+
+
 async def test_a_threshold_keeps_the_weak_away(server: Server) -> None:
     """Nothing below score_threshold is a result; when nothing is left, the model hears that."""
     tool = {"type": "file_search", "file_search": {"ranking_options": {"score_threshold": 1.0}}}
