@@ -367,7 +367,8 @@ class Hit(msgspec.Struct, frozen=True):
 
 
 class Weights(msgspec.Struct, frozen=True):
-    """How much each side counts when ranks are fused: not negative, and not both 0. A side of weight 0 is not asked."""
+    """How much each side counts when ranks are fused: not negative, and not both 0. A side of weight 0 is not asked;
+    where there is no embedding, words are, whatever they weigh."""
 
     embedding: float = 1.0
     text: float = 1.0

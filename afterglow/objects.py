@@ -53,13 +53,15 @@ class Body(Struct, forbid_unknown_fields=True, kw_only=True):
 
 # --- tools -----------------------------------------------------------------------------------------------------
 
+SearchWeight = Annotated[float, Meta(ge=0)]
+
 
 class RankingOptions(Body):
     """How file search scores: `score_threshold` in 0–1; results below it are left out."""
 
     score_threshold: Annotated[float, Meta(ge=0, le=1)]
     ranker: Literal["auto", "default_2024_08_21"] = "auto"
-    hybrid_search: dict[Literal["embedding_weight", "text_weight"], float] | UnsetType | None = UNSET
+    hybrid_search: dict[Literal["embedding_weight", "text_weight"], SearchWeight] | UnsetType | None = UNSET
 
 
 class FileSearchOptions(Body):

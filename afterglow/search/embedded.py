@@ -211,7 +211,8 @@ class EmbeddedIndex:
         weights: Weights | None = None,
     ) -> list[Hit]:
         stores = list(dict.fromkeys(store_ids))
-        question = _Question(project, stores, query, embedding, weights or Weights(), where)
+        weights = weights if weights and embedding is not None else Weights()
+        question = _Question(project, stores, query, embedding, weights, where)
         return await self._in_reader(partial(self._search, question, threshold, limit))
 
     async def list_chunks(self, project: str, store_id: str, file_id: str, after: int, limit: int) -> list[Chunk]:

@@ -37,7 +37,7 @@ class SearchOptions(NamedTuple):
 
     max_results: int
     threshold: float
-    weights: Weights | None
+    weights: Weights
     ranking_options: Json
 
 
@@ -56,13 +56,14 @@ def search_options(tools: Iterable[Json], model: str) -> SearchOptions:
     tool = next((tool for tool in tools if tool["type"] == "file_search"), {})
     asked = tool.get("file_search") or {}
     ranking = asked.get("ranking_options") or {}
-    hybrid = ranking.get("hybrid_search")
+    hybrid = ranking.get("hybrid_search") or {}
+    weights = Weights(hybrid.get("embedding_weight", 1.0), hybrid.get("text_weight", 1.0))
     default = SMALL_DEFAULT_RESULTS if is_small(model) else DEFAULT_RESULTS
     threshold = ranking.get("score_threshold", 0.0)
     return SearchOptions(
         max_results=asked.get("max_num_results", default),
         threshold=threshold,
-        weights=Weights(hybrid.get("embedding_weight", 1.0), hybrid.get("text_weight", 1.0)) if hybrid else None,
+        weights=weights if weights.embedding or weights.text else Weights(),
         ranking_options={"ranker": "default_2024_08_21", "score_threshold": threshold},
     )
 

@@ -383,6 +383,8 @@ async def test_words_and_vectors_are_fused(index: SearchIndex):
     assert [(hit.chunk.text, hit.vector_rank) for hit in only_words] == [("cats", None)]
     only_vectors = await find(index, "cats", embedding=[0.0, 1.0], weights=Weights(embedding=1, text=0))
     assert [(hit.chunk.text, hit.lexical_rank) for hit in only_vectors] == [("birds", None), ("dogs", None)]
+    # A server of embeddings that is away, or that there never was.
+    assert await texts(index, "cats", weights=Weights(embedding=1, text=0)) == ["cats"]
 
 
 async def test_embeddings_of_another_model_are_refused(index: SearchIndex):

@@ -97,6 +97,14 @@ WORDED: list[tuple[type[objects.Body], Any, str, str | None, str | None]] = [
         "unknown_parameter",
     ),
     (
+        CreateRun,
+        run(tools=[search(ranking_options={"score_threshold": 0, "hybrid_search": {"text_weight": -1}})]),
+        "Invalid 'tools[0].file_search.ranking_options.hybrid_search.text_weight': decimal below minimum value. "
+        "Expected a value >= 0, but got -1 instead.",
+        "tools[0].file_search.ranking_options.hybrid_search.text_weight",
+        "decimal_below_min_value",
+    ),
+    (
         ModifyAssistant,
         {"tool_resources": {"file_search": {"vector_stores": []}}},
         "Unknown parameter: 'tool_resources.file_search.vector_stores'.",

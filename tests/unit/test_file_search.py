@@ -65,7 +65,7 @@ def test_what_a_call_asks_for(arguments: str, queries: list[str]) -> None:
 def test_a_tool_that_says_nothing_has_the_published_defaults() -> None:
     """20 results, or 5 for the models of old; no threshold; the ranker's name as the original's."""
     options = search_options([{"type": "file_search"}], "gpt-4o")
-    assert (options.max_results, options.threshold, options.weights) == (20, 0.0, None)
+    assert (options.max_results, options.threshold, options.weights) == (20, 0.0, Weights())
     assert options.ranking_options == {"ranker": "default_2024_08_21", "score_threshold": 0.0}
     assert search_options([{"type": "file_search"}], "gpt-3.5-turbo").max_results == 5
     assert search_options([{"type": "function"}], "gpt-4o").max_results == 20
@@ -80,6 +80,8 @@ def test_a_tool_may_say_more() -> None:
     options = search_options(asked, "gpt-3.5-turbo")
     assert (options.max_results, options.threshold, options.weights) == (7, 0.4, Weights(2, 0.5))
     assert options.ranking_options["score_threshold"] == 0.4
+    neither = {"score_threshold": 0, "hybrid_search": {"embedding_weight": 0, "text_weight": 0}}
+    assert search_options(tool(ranking_options=neither), "gpt-4o").weights == Weights()
 
 
 @pytest.mark.parametrize(
