@@ -56,10 +56,11 @@ async def list_results(tx: Transaction, project: str, run_id: str) -> list[Store
     ]
 
 
-async def next_number(tx: Transaction, project: str, run_id: str) -> int:
-    """The number of the run's next search, for its markers. Not a count: of a deleted file nothing is left."""
+async def next_number(tx: Transaction, project: str, thread_id: str) -> int:
+    """The number of the thread's next search, for its markers: the answers of earlier runs, which the model reads,
+    name other passages by theirs. Not a count: of a deleted file nothing is left."""
     rows = await tx.fetch(
-        "SELECT DISTINCT marker FROM search_results WHERE project_id = $1 AND run_id = $2", project, run_id
+        "SELECT DISTINCT marker FROM search_results WHERE project_id = $1 AND thread_id = $2", project, thread_id
     )
     return max((int(marker[1:].partition(":")[0]) for (marker,) in rows), default=-1) + 1
 

@@ -1,4 +1,4 @@
-"""Searching files for a run: in which stores, and which search of the run it is."""
+"""Searching files for a run: in which stores, and which search of the thread it is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def search_for_run(house: House, row: RunRow, queries: list[str], options:
     """
 
     async def look(tx: Transaction) -> tuple[list[str], int]:
-        return await _stores_of(tx, house, row), await next_number(tx, row.project, row.run.id)
+        return await _stores_of(tx, house, row), await next_number(tx, row.project, row.run.thread_id)
 
     store_ids, number = await house.store.read(look)
     if not store_ids or not queries:

@@ -108,7 +108,7 @@ def within(hits: Iterable[Hit], budget_tokens: int) -> list[Hit]:
 
 
 def results_of(hits: Sequence[Hit], names: Mapping[str, str], number: int) -> list[Json]:
-    """Hits as they are stored. names: file name by id. number: of the search within its run, for the markers."""
+    """Hits as they are stored. names: file name by id. number: of the search within its thread, for the markers."""
     return [_result(hit, names.get(hit.file_id, hit.file_id), number, index) for index, hit in enumerate(hits)]
 
 

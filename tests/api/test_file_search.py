@@ -385,17 +385,29 @@ async def test_a_deleted_file_frees_no_marker(server: Server) -> None:
     assert markers == ["【1:0†b.md】", "【2:0†b.md】"]
 
 
+async def test_a_marker_of_an_earlier_run_names_nothing_else(server: Server) -> None:
+    """A model that repeats what it said before, with its marker, does not cite what a later run has found."""
+    assistant = await librarian(server)
+    server.model.will(asks("dogs"), says("On Fridays 【0:0†doc0.md】."))
+    first = await server.run("Dogs?", assistant_id=assistant.id)
+    server.model.will(asks("office"), says("Fridays 【0:0†doc0.md】, at eight 【1:0†doc0.md】."))
+    second = await server.run("And the office?", assistant_id=assistant.id, thread_id=first.thread_id)
+    text, annotations = await text_of(server, second)
+    assert text == "Fridays , at eight 【1:0†doc0.md】."
+    assert [each.text for each in annotations] == ["【1:0†doc0.md】"]
+
+
 async def test_a_name_that_would_break_its_marker(server: Server) -> None:
     """A file whose name holds brackets, daggers and line breaks is shown and cited under a plain one."""
     file_id = await upload(server, "a】【0:0†b\n.md", HANDBOOK)
     resources: Any = {"file_search": {"vector_store_ids": [await store_with(server, file_id)]}}
     assistant = await server.assistant(tools=[SEARCH], tool_resources=resources)
     server.model.will(asks("dogs"), says("Yes."))
-    run = await server.run("Dogs?", assistant_id=assistant.id)
+    await server.run("Dogs?", assistant_id=assistant.id)
     [marker] = re.findall(r"^(【.*】) from", output(server), re.M)
     assert MARKER.fullmatch(marker)
     server.model.will(asks("dogs"), says(f"Yes {marker}."))
-    again = await server.run("Dogs?", assistant_id=assistant.id, thread_id=run.thread_id)
+    again = await server.run("Dogs?", assistant_id=assistant.id)
     _, [annotation] = await text_of(server, again)
     assert (annotation.text, annotation.file_citation.file_id) == (marker, file_id)
 
