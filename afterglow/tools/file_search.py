@@ -87,10 +87,11 @@ def _asked(arguments: str) -> list[str]:
 
 
 def merged(found: Sequence[Sequence[Hit]], limit: int) -> list[Hit]:
-    """The hits of several queries as one list, best first; a passage that several find counts with its best score."""
-    best: dict[tuple[str, str, int], Hit] = {}
+    """The hits of several queries as one list, best first. A passage that several find, or that is in two of the
+    stores, counts once, with its best score."""
+    best: dict[tuple[str, int, int, int], Hit] = {}
     for hit in (hit for hits in found for hit in hits):
-        key = (hit.store_id, hit.file_id, hit.chunk.index)
+        key = (hit.file_id, hit.chunk.index, hit.chunk.start, hit.chunk.end)
         if key not in best or hit.score > best[key].score:
             best[key] = hit
     return sorted(best.values(), key=lambda hit: -hit.score)[:limit]

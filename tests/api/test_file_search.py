@@ -243,6 +243,18 @@ async def test_assistant_and_thread_are_searched_together(server: Server) -> Non
     assert {result.file_name for result in call.file_search.results or []} == {"doc0.md", "prices.md"}
 
 
+async def test_a_file_in_both_stores_is_read_once(server: Server) -> None:
+    """A passage that the assistant's store has and the thread's, too, is one result."""
+    assistant = await librarian(server)
+    also: Any = [{"file_id": await file_of(server, assistant), "tools": [SEARCH]}]
+    thread = await server.client.beta.threads.create(
+        messages=[{"role": "user", "content": "Dogs?", "attachments": also}]
+    )
+    server.model.will(asks("dogs"), says("Yes."))
+    await server.run("Dogs?", assistant_id=assistant.id, thread_id=thread.id)
+    assert quoted(output(server)) == ["Dogs are welcome on Fridays."]
+
+
 async def test_a_run_without_a_store_goes_on(server: Server) -> None:
     """A search where there is no store finds nothing."""
     server.model.will(asks("anything"), says("Nothing there."))
