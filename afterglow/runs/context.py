@@ -24,7 +24,7 @@ import msgspec
 
 from afterglow.objects import Json, Message, RunStep, TruncationStrategy
 from afterglow.rows.messages import SaidMessage
-from afterglow.tools.file_search import output_of
+from afterglow.tools.file_search import NOT_SEARCHED, output_of
 
 ASCII_BYTES_PER_TOKEN = 3.6
 OTHER_BYTES_PER_TOKEN = 2.4
@@ -154,7 +154,8 @@ def _call_texts(
         arguments = msgspec.json.encode({"code": ran["input"]}).decode()
         return names.get(kind, "python"), arguments, clipped(logs, CODE_OUTPUT_CHARS) or failure or "(no output)"
     arguments = msgspec.json.encode({"queries": call["file_search"].get("x-queries", [])}).decode()
-    return names.get(kind, "file_search"), arguments, found.get(call["id"], output_of([]))
+    nothing = output_of([]) if "results" in call["file_search"] else f"ERROR: {NOT_SEARCHED}"
+    return names.get(kind, "file_search"), arguments, found.get(call["id"]) or nothing
 
 
 def _output_text(output: Json) -> str:

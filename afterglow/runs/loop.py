@@ -75,6 +75,7 @@ from afterglow.telemetry import log
 from afterglow.tools.annotations import SANDBOX_PATH, citations, file_paths
 from afterglow.tools.code_interpreter import CodeInterpreter, SandboxListing
 from afterglow.tools.file_search import (
+    NOT_SEARCHED,
     context_tokens,
     output_of,
     queries_of,
@@ -83,13 +84,13 @@ from afterglow.tools.file_search import (
     within,
     without_content,
 )
-from afterglow.tools.function import chat_tool_choice, offer
+from afterglow.tools.function import ToolKind, chat_tool_choice, offer
 from afterglow.vector_stores import wait_for_thread_store
 
 T = TypeVar("T")
 STORE_RETRY_S = 1.0
 FILES_WAIT_S = 60.0
-TURNS_FOR_NOTHING = 2  # after as many turns of calls to tools whose engine is off, these are offered no more
+TURNS_FOR_NOTHING = 2  # after as many turns of calls to tools whose engine is off or broken, these are offered no more
 FILTERED = "The model's answer was stopped by its server's content filter."
 
 
@@ -120,6 +121,7 @@ class Execution:
         self._budget_cap: int | None = None  # what an overflow without a number has taught this attempt
         self._overflowed = False
         self._turns_for_nothing = 0
+        self._given_up: set[ToolKind] = set()
         self._interpreter = interpreter
         self._files: SandboxListing | None = None  # of the code interpreter, once looked up
 
@@ -581,7 +583,7 @@ class Execution:
         await self._commit(work)
         self._turn = None
         if len(failures) == len(turn.calls):
-            self._stop_offering_what_is_off()
+            self._stop_offering({call.kind for call in turn.calls})
         return not waiting
 
     async def _keep_results(self, tx: Transaction, row: RunRow, turn: ModelTurn) -> None:
@@ -611,7 +613,13 @@ class Execution:
         options = search_options(run.tools, run.model)
         queries = queries_of("".join(call.arguments))
         search = partial(search_for_run, house, self.row, queries, options)
-        found = await self.interrupt.wait(search)
+        try:
+            found = await self.interrupt.wait(search)
+        except StoreError as error:
+            # Not a reason to let the run go: the model would be asked anew by each attempt.
+            log.error("A search of run %s failed: %s", run.id, error)
+            self._fail(turn, call, NOT_SEARCHED)
+            return
         earlier = sum(bool(other.results) for other in turn.calls)
         hits = within(found.hits, context_tokens(run.model, self._room_for_results(turn)))
         names = {file_id: file.filename for file_id, file in found.files.items()}
@@ -676,11 +684,12 @@ class Execution:
         name = self._offered.names["code_interpreter"]
         return any(called["function"]["name"] == name for called in message.get("tool_calls", []))
 
-    def _stop_offering_what_is_off(self) -> None:
+    def _stop_offering(self, kinds: set[ToolKind]) -> None:
         """A model that keeps calling what cannot be had is not asked for ever."""
         self._turns_for_nothing += 1
         if self._turns_for_nothing >= TURNS_FOR_NOTHING:
-            self._offered = offer([tool for tool in self.row.run.tools if tool["type"] != "code_interpreter"])
+            self._given_up |= kinds
+            self._offered = offer([tool for tool in self.row.run.tools if tool["type"] not in self._given_up])
 
     async def _record_call(self, tx: Transaction, row: RunRow, turn: ModelTurn, usage: Usage) -> None:
         """Add the tokens to the run, and one row for the ledger."""

@@ -83,7 +83,8 @@ async def read_prompt(tx: Transaction, rules: PromptRules) -> Prompt:
     kept_from = last[0] if last and last[1] == budget else 0
     window = Window(run.truncation_strategy, max(budget - fixed, 0), factor, kept_from)
     cut_off = await get_last_seq(tx, project, run.thread_id)
-    found = await list_results(tx, project, run.id) if "file_search" in rules.offered.names else []
+    searches = any(tool["type"] == "file_search" for tool in run.tools)  # offered or, by now, not
+    found = await list_results(tx, project, run.id) if searches else []
     await _fill(tx, window, rules._replace(outputs=_outputs(found)), cut_off)
     cut = window.cut()
     parts["history"] = sum(turn.tokens for turn in cut.turns)

@@ -28,6 +28,7 @@ INTRODUCTION = (
     " cite one, repeat its marker, such as {example}, right after what it supports."
 )
 NOTHING = "No passage of the files matches."
+NOT_SEARCHED = "The files could not be searched."
 ABOUT_TOKENS = 40  # of a result, beside its text
 FENCE_DIGITS = 8
 

@@ -584,6 +584,24 @@ async def test_a_tool_that_is_off_takes_no_search_with_it(server: Server) -> Non
     assert len(annotations) == 1
 
 
+async def test_a_store_that_cannot_be_read_does_not_ask_the_model_for_ever(server: Server) -> None:
+    """The model is told that the search failed, is offered it no more after two turns, and the run goes on."""
+    assistant = await librarian(server)
+    [index] = Path(server.house.settings.data, "search").glob("*/*.db")
+    server.house.index._pool.remove(index)  # type: ignore[attr-defined]
+    index.write_bytes(b"This was a database." * 1000)
+    server.model.will(asks("dogs"), asks("dogs"), says("I cannot tell."))
+    run = await server.run("Dogs?", assistant_id=assistant.id)
+    assert run.status == "completed", run.last_error
+    assert output(server) == "ERROR: The files could not be searched."
+    assert server.model.requests[-1].tools == []
+    [first, *_] = await steps_of(server, run)
+    assert (first.status, first.last_error and first.last_error.message) == (
+        "failed",
+        "The files could not be searched.",
+    )
+
+
 async def test_a_function_may_bear_the_tools_name(server: Server) -> None:
     """A caller's own function named file_search is the caller's; the tool takes another name."""
     own: Any = {"type": "function", "function": {"name": "file_search", "parameters": {"type": "object"}}}
