@@ -21,6 +21,7 @@ class FoundBy(NamedTuple):
 
 
 class StoredResult(NamedTuple):
+    step_id: str
     call_id: str
     file_id: str
     marker: str
@@ -46,13 +47,14 @@ async def insert_results(tx: Transaction, project: str, found_by: FoundBy, resul
 async def list_results(tx: Transaction, project: str, run_id: str) -> list[StoredResult]:
     """All that the searches of a run have found, and what is still there of it."""
     rows = await tx.fetch(
-        "SELECT call_id, file_id, marker, object FROM search_results WHERE project_id = $1 AND run_id = $2"
+        "SELECT step_id, call_id, file_id, marker, object FROM search_results WHERE project_id = $1 AND run_id = $2"
         " ORDER BY step_id, call_id, position",
         project,
         run_id,
     )
     return [
-        StoredResult(call_id, file_id, marker, msgspec.json.decode(text)) for call_id, file_id, marker, text in rows
+        StoredResult(step_id, call_id, file_id, marker, msgspec.json.decode(text))
+        for step_id, call_id, file_id, marker, text in rows
     ]
 
 
@@ -87,8 +89,13 @@ async def fill_in_content(tx: Transaction, project: str, step: RunStep) -> RunSt
     if not any(call["type"] == "file_search" for call in calls):
         return step
     by_call: dict[str, list[Any]] = {}
-    for stored in await list_results(tx, project, step.run_id):
-        by_call.setdefault(stored.call_id, []).append(stored.result)
+    rows = await tx.fetch(
+        "SELECT call_id, object FROM search_results WHERE project_id = $1 AND step_id = $2 ORDER BY call_id, position",
+        project,
+        step.id,
+    )
+    for call_id, text in rows:
+        by_call.setdefault(call_id, []).append(msgspec.json.decode(text))
     shown = [
         {**call, "file_search": {**call["file_search"], "results": by_call.get(call["id"], [])}}
         if call["type"] == "file_search" and call["file_search"].get("results")

@@ -56,7 +56,7 @@ class PromptRules(NamedTuple):
     history: str
     response_format: object
     budget_cap: int | None = None
-    outputs: Mapping[str, str] = {}  # of the run's file searches, by call
+    outputs: Mapping[str, Mapping[str, str]] = {}  # of the run's file searches, by step and call
 
 
 def prompt_budget(rules: PromptRules) -> int:
@@ -92,11 +92,15 @@ async def read_prompt(tx: Transaction, rules: PromptRules) -> Prompt:
     return Prompt(rules.instructions, cut, cut_off, budget, parts, fixed + cut.tokens, markers)
 
 
-def _outputs(found: list[StoredResult]) -> dict[str, str]:
-    by_call: dict[str, list[Json]] = {}
+def _outputs(found: list[StoredResult]) -> dict[str, dict[str, str]]:
+    """By step first: some servers give the calls of every turn the same ids."""
+    by_call: dict[tuple[str, str], list[Json]] = {}
     for stored in found:
-        by_call.setdefault(stored.call_id, []).append(stored.result)
-    return {call_id: output_of(results) for call_id, results in by_call.items()}
+        by_call.setdefault((stored.step_id, stored.call_id), []).append(stored.result)
+    outputs: dict[str, dict[str, str]] = {}
+    for (step_id, call_id), results in by_call.items():
+        outputs.setdefault(step_id, {})[call_id] = output_of(results)
+    return outputs
 
 
 async def _fill(tx: Transaction, window: Window, rules: PromptRules, cut_off: int) -> None:
@@ -131,7 +135,8 @@ async def _page(
     for step in calls:
         own = step.step.run_id == run.id
         if own or rules.history == "calls":
-            turn = calls_turn((step.created_at, step.seq), step.step, run.id, rules.offered.names, rules.outputs)
+            found = rules.outputs.get(step.step.id, {})
+            turn = calls_turn((step.created_at, step.seq), step.step, run.id, rules.offered.names, found)
             if turn:
                 turns.append(turn)
     if len(calls) == limit:

@@ -13,7 +13,7 @@ from openai.types.beta import Assistant
 from openai.types.beta.threads import FileCitationAnnotation, Message, Run
 from openai.types.beta.threads.runs import FileSearchToolCall, RunStep
 
-from afterglow.contracts import EngineStatus, ModelInfo, TextDelta
+from afterglow.contracts import EngineStatus, ModelInfo, TextDelta, ToolCallDelta
 from afterglow.testing import SetClock, calls, ended, says
 from tests.api.streams import names, read_events, stored, stream
 from tests.api.wire import until
@@ -376,6 +376,23 @@ async def test_searches_of_a_run_have_markers_of_their_own(server: Server) -> No
     assert len(set(map(str, markers))) == len(markers)
     _, annotations = await text_of(server, run)
     assert len(annotations) == 3
+
+
+async def test_calls_of_two_turns_may_have_one_id(server: Server) -> None:
+    """With a model's server that counts the calls of each turn from 0, each search keeps its own results."""
+    assistant = await librarian(server, HANDBOOK, PRICES)
+    first, second = [
+        [ToolCallDelta(0, "call_0", "file_search", f'{{"query": "{query}"}}'), ended("tool_calls")]
+        for query in ("dogs", "candle")
+    ]
+    server.model.will(first, second, says("Done."))
+    run = await server.run("All?", assistant_id=assistant.id)
+    assert [quoted(output(server, number)) for number in (0, 1)] == [
+        ["Dogs are welcome on Fridays."],
+        ["A candle costs three euros."],
+    ]
+    found = await searches_of(server, run, include=[CONTENT])
+    assert [len(call.file_search.results or []) for call in found] == [1, 1]
 
 
 async def test_a_deleted_file_frees_no_marker(server: Server) -> None:
