@@ -17,7 +17,7 @@ import pytest
 
 from afterglow.contracts import Store, Transaction, Work
 from afterglow.errors import ConfigError, StoreError, StoreFull, StoreUnavailable
-from afterglow.store.sqlite import SqliteStore, _migrations, _statements
+from afterglow.store.sqlite import SqliteStore, _connect, _migrations, _statements
 from tests.conftest import ServerFactory
 
 OpenStore = Callable[[], AbstractAsyncContextManager[Store]]
@@ -675,3 +675,24 @@ async def test_a_lock_that_is_never_given_back_is_said(path: Path, monkeypatch: 
         other.close()
         await store.write(adds("b"))
         assert await store.read(names) == ["b"]
+
+
+async def test_deleted_text_leaves_the_file_whatever_the_build_of_sqlite(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some builds leave deleted rows in the file until their place is used again; a store's are overwritten."""
+
+    def connect_as_such_a_build(path: Path) -> sqlite3.Connection:
+        connection = _connect(path)
+        connection.execute("PRAGMA secure_delete = OFF")
+        return connection
+
+    monkeypatch.setattr("afterglow.store.sqlite._connect", connect_as_such_a_build)
+
+    async def forget(tx: Transaction) -> None:
+        await tx.execute("DELETE FROM projects WHERE id = $1", "a secret")
+
+    async with sqlite_store(path) as store:
+        await store.write(adds("a secret"))
+        await store.write(forget)
+    assert b"a secret" not in path.read_bytes()
