@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from weakref import WeakValueDictionary
 
 from afterglow.search.ranking import Term
 from afterglow.search.stored import FILE_BITS, Store, file_numbers, frequency, read_lengths, read_vectors
@@ -43,6 +44,7 @@ class Columns:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Path, Kind], Column] = OrderedDict()
+        self._reading: WeakValueDictionary[tuple[Path, Kind], threading.Lock] = WeakValueDictionary()
         self._size_bytes = 0
         self._frequencies: OrderedDict[Path, tuple[int, dict[Term, int]]] = OrderedDict()
 
@@ -94,6 +96,21 @@ class Columns:
                 self._drop((path, kind))
 
     def _get(
+        self,
+        kind: Kind,
+        connection: sqlite3.Connection,
+        path: Path,
+        store: Store,
+        empty: Column,
+        read: Callable[[int], Iterable[tuple[int, NDArray[Any]]]],
+    ) -> Column:
+        with self._lock:
+            reading = self._reading.setdefault((path, kind), threading.Lock())
+        # One thread reads, the others wait for it: each would need as much memory as what is read.
+        with reading:
+            return self._get_alone(kind, connection, path, store, empty, read)
+
+    def _get_alone(
         self,
         kind: Kind,
         connection: sqlite3.Connection,

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from afterglow.search import embedded, ranking
 from afterglow.search.embedded import EmbeddedIndex
 from afterglow.search.pool import Pool
 from afterglow.search.ranking import pack_vector
+from afterglow.search.stored import read_lengths
 
 OpenIndex = Callable[[], AbstractAsyncContextManager[SearchIndex]]
 P, S = "default", "vs_one"
@@ -837,3 +838,22 @@ async def test_killed_in_the_middle_of_a_write(folder: Path):
                 newest = max(newest, turn)
             assert last <= newest <= last + 1
         first = newest + 1
+
+
+async def test_searches_at_once_read_a_store_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is kept of a store takes as much memory as it does, however many searches find it missing together."""
+    both, reads = threading.Barrier(2), 0
+
+    def read(connection: sqlite3.Connection, after: int) -> Any:
+        nonlocal reads
+        reads += 1
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # for another that should not come
+        return read_lengths(connection, after)
+
+    monkeypatch.setattr("afterglow.search.columns.read_lengths", read)
+    async with embedded_index(folder) as index:
+        await put(index, "cats\ndogs")
+        found = await asyncio.gather(*(texts(index, "cats") for _ in range(4)))
+    assert found == [["cats"]] * 4
+    assert reads == 1
