@@ -601,12 +601,16 @@ async def test_a_tool_that_is_off_takes_no_search_with_it(server: Server) -> Non
     assert len(annotations) == 1
 
 
-async def test_a_store_that_cannot_be_read_does_not_ask_the_model_for_ever(server: Server) -> None:
-    """The model is told that the search failed, is offered it no more after two turns, and the run goes on."""
-    assistant = await librarian(server)
+def _break_the_index(server: Server) -> None:
     [index] = Path(server.house.settings.data, "search").glob("*/*.db")
     server.house.index._pool.remove(index)  # type: ignore[attr-defined]
     index.write_bytes(b"This was a database." * 1000)
+
+
+async def test_a_store_that_cannot_be_read_does_not_ask_the_model_for_ever(server: Server) -> None:
+    """The model is told that the search failed, is offered it no more after two turns, and the run goes on."""
+    assistant = await librarian(server)
+    _break_the_index(server)
     server.model.will(asks("dogs"), asks("dogs"), says("I cannot tell."))
     run = await server.run("Dogs?", assistant_id=assistant.id)
     assert run.status == "completed", run.last_error
@@ -617,6 +621,17 @@ async def test_a_store_that_cannot_be_read_does_not_ask_the_model_for_ever(serve
         "failed",
         "The files could not be searched.",
     )
+
+
+async def test_a_search_that_failed_beside_a_function(server: Server) -> None:
+    """The function's output and the failure of the search beside it are both shown to the model."""
+    assistant = await librarian(server, tools=[GET_WEATHER])
+    _break_the_index(server)
+    server.model.will(calls(("file_search", {"queries": ["dogs"]}), ("get_weather", {"city": "Oslo"})), says("Rain."))
+    run = await server.run("Dogs in the rain?", assistant_id=assistant.id)
+    run = await server.submit(run, {"get_weather": "rain"})
+    assert run.status == "completed", run.last_error
+    assert [output(server, 0), output(server, 1)] == ["ERROR: The files could not be searched.", "rain"]
 
 
 async def test_a_function_may_bear_the_tools_name(server: Server) -> None:
