@@ -18,6 +18,7 @@ from afterglow.rows import messages as message_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows import vector_store_files as store_file_rows
 from afterglow.rows.search_results import list_results
+from afterglow.tools.annotations import named_by
 
 CHUNK_ID = "chunk_"
 
@@ -154,7 +155,7 @@ async def list_citations(house: House, project: str, thread_id: str, message_id:
         results = await list_results(tx, project, message.run_id) if message.run_id else []
         by_marker = {stored.marker: stored.result for stored in results}
         return [
-            await _citation(tx, project, annotation, by_marker.get(annotation["text"]), now)
+            await _citation(tx, project, annotation, named_by(annotation["text"], by_marker), now)
             for annotation in _file_citations(message.content)
         ]
 

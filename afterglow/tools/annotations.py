@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 from urllib.parse import quote
 
 from afterglow.objects import Json
 
+T = TypeVar("T")
 SANDBOX_PATH = "sandbox:/mnt/data/"
 
 
@@ -43,14 +45,25 @@ def _file_path(path: str, start: int, file_id: str) -> Json:
 # --- citations -------------------------------------------------------------------------------------------------
 
 MARKER = re.compile(r"【\d{1,6}:\d{1,6}†[^【】]{0,300}】")
+_SOURCE = "†source】"
 # What may still become a marker: the brackets alone are common in Chinese and Japanese text.
 _BEGUN = re.compile(r"【(?:\d{1,6}(?::(?:\d{1,6}(?:†[^【】]{0,300})?)?)?)?$")
 
 
 def citations(text: str, files: Mapping[str, str]) -> list[Json]:
-    """One `file_citation` annotation for each marker in `text`. files: file id by marker. Indices are code points, the
-    end not included."""
-    return [_file_citation(at, files[at[0]]) for at in MARKER.finditer(text) if at[0] in files]
+    """One `file_citation` annotation for each marker in `text` that names a result. files: file id by marker. Indices are
+    code points, the end not included."""
+    found = [(at, named_by(at[0], files)) for at in MARKER.finditer(text)]
+    return [_file_citation(at, file_id) for at, file_id in found if file_id is not None]
+
+
+def named_by(marker: str, results: Mapping[str, T]) -> T | None:
+    """Which of `results`, by their markers, this one names. The original's said `source` in the place of the file's name,
+    and models still do."""
+    if marker in results or not marker.endswith(_SOURCE):
+        return results.get(marker)
+    numbers = marker.removesuffix(_SOURCE)
+    return next((result for known, result in results.items() if known.startswith(f"{numbers}†")), None)
 
 
 def _file_citation(at: re.Match[str], file_id: str) -> Json:
@@ -84,4 +97,4 @@ class Markers:
         return held
 
     def _if_known(self, at: re.Match[str]) -> str:
-        return at[0] if at[0] in self._known else ""
+        return at[0] if named_by(at[0], self._known) is not None else ""

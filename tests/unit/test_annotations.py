@@ -50,6 +50,19 @@ def test_only_markers_that_name_a_result_stay(text: str, step: int) -> None:
     assert len(citations(text, KNOWN)) == len(found)
 
 
+def test_a_marker_may_say_source() -> None:
+    """As the original's markers did; with any other name than its own it names nothing."""
+    text = "a【0:1†source】 b【12:0†source】 c【1:1†source】 d【0:1†b.pdf】"
+    markers = Markers(KNOWN)
+    shown = markers.feed(text) + markers.end()
+    assert shown == "a【0:1†source】 b【12:0†source】 c d"
+    found = citations(shown, KNOWN)
+    assert [(part["text"], part["file_citation"]["file_id"]) for part in found] == [
+        ("【0:1†source】", "file-1"),
+        ("【12:0†source】", "file-2"),
+    ]
+
+
 def test_text_is_held_back_only_while_it_may_become_a_marker() -> None:
     """An ordinary bracket passes with the next character."""
     markers = Markers(KNOWN)
