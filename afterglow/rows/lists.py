@@ -29,15 +29,20 @@ async def list_page(
     order: str,
     after: str | None,
     before: str | None,
+    status: str | None = None,
 ) -> ListPage:
     """One page of `table`, ordered by (created_at, seq, id).
 
     where: conditions on `values` as `$1`…; its first two must be `project_id = $1` and whatever scopes cursors.
     order: `asc` or `desc`. after, before: ids; both given means what lies between. With `before` alone, the page is
-    the one just before it, still in the order asked for. Raises UnknownCursor.
+    the one just before it, still in the order asked for. status: only rows of this status; what a cursor names may
+    have another by now. Raises UnknownCursor.
     """
     forward = before is None or after is not None
     conditions, arguments = [where], list(values)
+    if status is not None:
+        arguments.append(status)
+        conditions.append(f"status = ${len(arguments)}")
     for name, cursor in (("after", after), ("before", before)):
         if cursor is not None:
             place = await _place(tx, table, where, values, name, cursor)

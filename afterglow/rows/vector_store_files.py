@@ -66,15 +66,11 @@ async def list_files(
     """status, batch_id: only files of this status, of this batch."""
     where = "project_id = $1 AND store_id = $2"
     values: tuple[SqlValue, ...] = (project, store_id)
-    for condition, value in (
-        ("status = ${}", status),
-        ("id IN (SELECT file_id FROM batch_files b WHERE b.project_id = $1 AND b.batch_id = ${})", batch_id),
-    ):
-        if value is not None:
-            values += (value,)
-            where += " AND " + condition.format(len(values))
+    if batch_id is not None:
+        where += " AND id IN (SELECT file_id FROM batch_files b WHERE b.project_id = $1 AND b.batch_id = $3)"
+        values += (batch_id,)
     return await list_page(
-        tx, "vector_store_files", where, values, limit=limit, order=order, after=after, before=before
+        tx, "vector_store_files", where, values, limit=limit, order=order, after=after, before=before, status=status
     )
 
 

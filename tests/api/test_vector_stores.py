@@ -249,6 +249,18 @@ async def test_lists_of_files_can_be_filtered(server: Server, wire: Wire):
     assert (fault.status, fault.param, fault.code) == (400, "filter", "invalid_value")
 
 
+async def test_a_cursor_may_name_a_file_whose_status_has_changed(server: Server, wire: Wire):
+    """Files are indexed while somebody pages through those in progress, in the store or in a batch."""
+    ids = [await upload(server, CATS, f"{number}.txt") for number in range(3)]
+    server.parser.holds |= {f"{number}.txt": asyncio.Event() for number in (1, 2)}
+    store = (await wire.made("/vector_stores"))["id"]
+    batch = (await wire.made(f"/vector_stores/{store}/file_batches", {"file_ids": ids}))["id"]
+    await until(lambda: len(server.parser.parsed) == 3)
+    for path in (f"/vector_stores/{store}/files", f"/vector_stores/{store}/file_batches/{batch}/files"):
+        assert (await wire.get(f"{path}?filter=in_progress&order=asc&after={ids[0]}")).ids == ids[1:]
+        assert (await wire.get(f"{path}?filter=completed&before={ids[1]}&order=asc")).ids == ids[:1]
+
+
 async def test_a_detached_file_leaves_the_index(server: Server, wire: Wire):
     """It is not found any more and its text is gone from the disk; the file itself stays, and can come back."""
     store, [cats, dogs] = await make_store(server, CATS, DOGS)
