@@ -154,18 +154,22 @@ class Pipeline:
                 log.error("The leases of files that are being indexed were not renewed: %s", error)
 
     async def _renew(self) -> None:
-        """Renew the leases; whatever is in hand here and is not ours any more is let go."""
+        """Renew the leases of what is in hand here; what is not ours any more is let go.
+
+        No other leases: a file that is detached and attached again can lose its new job to the cancel of the old one,
+        and must be claimed again.
+        """
         asked = dict(self._tasks)
         if not asked:
             return
         until = self._house.clock.now() + self._house.settings.run_lease_s
 
-        async def work(tx: Transaction) -> set[str]:
-            return await file_rows.renew_jobs(tx, self._id, until)
+        async def work(tx: Transaction) -> list[Job]:
+            return await file_rows.renew_jobs(tx, self._id, asked.values(), until)
 
         renewed = await self._house.store.write(work)
         for task, job in asked.items():
-            if job.key not in renewed:
+            if job not in renewed:
                 task.cancel()
 
     async def _settle_forever(self) -> None:

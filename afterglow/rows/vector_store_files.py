@@ -290,15 +290,23 @@ async def put_back(tx: Transaction, job: Job, worker: str, not_before: float, tr
     )
 
 
-async def renew_jobs(tx: Transaction, worker: str, lease_until: float) -> set[str]:
-    """Renew what `worker` has; return the keys."""
-    rows = await tx.fetch(
-        "UPDATE vector_store_files SET lease_until = $2 WHERE worker = $1 AND status = 'in_progress'"
-        " RETURNING store_id, id",
+async def renew_jobs(tx: Transaction, worker: str, jobs: Iterable[Job], lease_until: float) -> list[Job]:
+    """Renew those that `worker` still has; return them. Whatever else it seems to have is nobody's, soon."""
+    return [job for job in jobs if await _renew_job(tx, worker, job, lease_until)]
+
+
+async def _renew_job(tx: Transaction, worker: str, job: Job, lease_until: float) -> bool:
+    renewed = await tx.execute(
+        "UPDATE vector_store_files SET lease_until = $6 WHERE project_id = $1 AND store_id = $2 AND id = $3"
+        " AND attempt = $4 AND worker = $5 AND status = 'in_progress'",
+        job.project,
+        job.file.vector_store_id,
+        job.file.id,
+        job.attempt,
         worker,
         lease_until,
     )
-    return {f"{store_id}/{file_id}" for store_id, file_id in rows}
+    return renewed > 0
 
 
 async def release_jobs(tx: Transaction) -> int:

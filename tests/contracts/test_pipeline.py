@@ -233,6 +233,28 @@ async def test_a_lost_lease_is_noticed(bench: Bench):
     assert await bench.column("attempt") == [2]
 
 
+async def test_a_late_cancel_strands_no_file(tmp_path: Path):
+    """A file is detached, attached again and in hand again before the cancel of its old job comes, which ends the new
+    one too. It is indexed once that one's lease is over, however busy the pipeline is."""
+    async with opened(tmp_path, ingest_files=3) as bench:
+        bench.parser.holds = {"a.txt": asyncio.Event(), "b.txt": asyncio.Event()}
+        file_id, other = await bench.file(), await bench.file(name="b.txt")
+        store = await bench.store(file_id, other)
+        await until(lambda: len(bench.parser.parsed) == 2)
+        chores = await bench.house.store.write(lambda tx: vector_stores.leave_stores(tx, PROJECT, file_id))
+        await bench.attach(store, file_id)
+        await until(lambda: len(bench.parser.parsed) == 3)
+        await vector_stores.follow_up(bench.house, chores)
+        await until(lambda: len(bench.application.pipeline._tasks) == 1)
+        bench.parser.holds["a.txt"].set()
+        for _ in range(2):
+            bench.clock.time += 0.6 * bench.house.settings.run_lease_s
+            await bench.application.pipeline._renew()
+        bench.house.ingest_queue.wake()
+        assert (await bench.ended(store, file_id)).status == "completed"
+        bench.parser.holds["b.txt"].set()
+
+
 async def test_what_a_stopped_pipeline_had_in_hand_is_free(tmp_path: Path):
     """An orderly end counts as no try; the next start goes on."""
     async with opened(tmp_path) as bench:
