@@ -13,7 +13,7 @@ from contextlib import aclosing
 from typing import Any, NamedTuple
 
 from afterglow.contracts import House, Transaction
-from afterglow.errors import InvalidRequest, NotFound
+from afterglow.errors import BlobMissing, InvalidRequest, NotFound
 from afterglow.files import NewFile, delete_loose, insert_file, keep, storing
 from afterglow.ids import new_id
 from afterglow.objects import CompleteUpload, Upload, UploadPart
@@ -90,17 +90,26 @@ async def complete_upload(house: House, project: str, upload_id: str, body: Comp
         row = await _pending(tx, house, project, upload_id, "complete")
         return _Whole(row, _in_order(await upload_rows.get_parts(tx, project, upload_id), body.part_ids, row.upload))
 
-    (upload, life_s), parts = await house.store.read(look)
-    hashed = hashlib.md5(usedforsecurity=False) if body.md5 else None
+    whole = await house.store.read(look)
+    try:
+        return await _put_together(house, project, whole, body.md5 or "", origin)
+    except BlobMissing:
+        await house.store.read(lambda tx: _pending(tx, house, project, upload_id, "complete"))  # closed meanwhile?
+        raise
+
+
+async def _put_together(house: House, project: str, whole: _Whole, md5: str, origin: Origin) -> Upload:
+    (upload, life_s), parts = whole
+    hashed = hashlib.md5(usedforsecurity=False) if md5 else None
     async with (
         aclosing(_bytes_of(house, parts, hashed)) as chunks,
         storing(house, project, new_id("file", "-"), chunks) as stored,
     ):
-        if hashed and body.md5 and hashed.hexdigest() != body.md5.lower():
-            raise InvalidRequest(f"The file's md5 is {hashed.hexdigest()}, and the request says {body.md5[:64]}.")
+        if hashed and hashed.hexdigest() != md5.lower():
+            raise InvalidRequest(f"The file's md5 is {hashed.hexdigest()}, and the request says {md5[:64]}.")
 
         async def work(tx: Transaction) -> list[LooseBlob]:
-            still = await _upload(tx, project, upload_id)
+            still = await _upload(tx, project, upload.id)
             _check_pending(still.upload.status, "complete")  # its time may have come meanwhile
             upload.file = await insert_file(tx, house, stored, NewFile(upload.filename, upload.purpose, life_s), origin)
             return await _close(tx, house, project, upload, "completed")

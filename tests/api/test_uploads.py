@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from afterglow import uploads
 from afterglow.api.edge import MAX_PART_MB
 from afterglow.contracts import Transaction
+from afterglow.files import Stored
 from afterglow.testing import SetClock
 from tests.api.wire import Answer, Fault, Json, Wire
 from tests.conftest import Server, ServerFactory
@@ -173,6 +176,24 @@ async def test_two_that_complete_at_once_make_one_file(server: Server, wire: Wir
     answers = await asyncio.gather(*(wire.post(path, {"part_ids": [part]}) for _ in range(2)))
     assert sorted(answer.status for answer in answers) == [200, 400]
     assert blobs_in(server) == (await wire.get("/files")).ids
+
+
+async def test_a_cancel_while_it_is_put_together_is_said(server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch):
+    """Its parts are gone then: that is the caller's doing, no fault of the server's, and not to be tried again."""
+    upload = await begin(wire)
+    part = await sent(wire, upload["id"], TEXT)
+    storing = uploads.storing
+
+    @asynccontextmanager
+    async def after_a_cancel(*args: Any) -> AsyncGenerator[Stored, None]:
+        await wire.made(f"/uploads/{upload['id']}/cancel")
+        async with storing(*args) as stored:
+            yield stored
+
+    monkeypatch.setattr(uploads, "storing", after_a_cancel)
+    answer = await wire.post(f"/uploads/{upload['id']}/complete", {"part_ids": [part]})
+    assert answer.fault == Fault(400, "Cannot complete upload with status 'cancelled'.")
+    assert blobs_in(server) == []
 
 
 async def test_parts_survive_a_restart(start_server: ServerFactory, connect: Any, tmp_path: Path):
