@@ -17,6 +17,7 @@ from afterglow.ingest.extract import invalid, too_large, unsupported
 MAX_PARTS = 50_000
 MAX_UNPACKED_BYTES = 1_000_000_000  # of all parts that are read
 MAX_RATIO, RATIO_MATTERS_BYTES = 250, 16_000_000  # text packs 3 to 50 times smaller, a bomb a thousand
+PACKINGS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # all that the standard of these documents knows
 _READ_BYTES = 65_536
 
 
@@ -59,6 +60,8 @@ class Archive:
             return
         if info.flag_bits & 1:
             raise invalid("it is protected by a password")
+        if info.compress_type not in PACKINGS:
+            raise invalid("it is packed in a way that no office program uses")
         if info.file_size > RATIO_MATTERS_BYTES and info.file_size > MAX_RATIO * info.compress_size:
             raise too_large()
         with self._zip.open(info) as stream:

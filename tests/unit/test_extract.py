@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
+import zipfile
 from collections.abc import Callable
 
 import pytest
@@ -308,6 +310,16 @@ def test_entities_are_refused() -> None:
 def test_zip_bombs_are_refused_unopened() -> None:
     """A part that unpacks to hundreds of times its size is not unpacked."""
     assert why_not(zipped({"word/document.xml": b" " * 20_000_000}), "a.docx").message == TOO_LARGE
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_packings_of_other_archives_are_refused(packing: int) -> None:
+    """Parts are unpacked by the one method that office programs use; others need more memory, and fail otherwise."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", packing) as archive:
+        archive.writestr("word/document.xml", f"<w:document {W}>{paragraph('hello')}</w:document>")
+    failure = why_not(file.getvalue(), "a.docx")
+    assert (failure.code, "packed in a way" in failure.message) == ("invalid_file", True)
 
 
 def test_names_inside_archives_mean_nothing() -> None:
