@@ -6,6 +6,7 @@ formats that are no plain text are beside this file; `read.py` calls the right o
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from typing import Literal, NamedTuple
@@ -179,12 +180,21 @@ def _samples(data: bytes) -> list[bytes]:
 def _utf16_without_mark(data: bytes) -> str | None:
     """Zeros that make sense as halves of characters: then nearly every character is one that can be seen."""
     head = data[: min(4096, len(data) // 2 * 2)]
-    if 0 not in head or len(data) % 2:
+    if 0 not in head or len(data) % 2 or _is_utf8(head):
         return None
     texts = {encoding: head.decode(encoding, "replace") for encoding in ("utf-16-le", "utf-16-be")}
     likely = max(texts, key=lambda encoding: sum(character < "\x80" for character in texts[encoding]))
     visible = sum(character.isprintable() or character.isspace() for character in texts[likely])
     return likely if visible > 0.97 * len(texts[likely]) else None
+
+
+def _is_utf8(head: bytes) -> bool:
+    """Whether the beginning of a text is UTF-8 with a stray zero, of which UTF-16 would make other letters."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return looks_like_text(head)
 
 
 def _decode_as(data: bytes, encoding: str) -> tuple[str, list[str]]:

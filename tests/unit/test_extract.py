@@ -84,6 +84,12 @@ def test_zeros_become_the_replacement_character() -> None:
     assert decode(b"\xff\xfe" + "a\ud800b".encode("utf-16-le", "surrogatepass"))[0] == "a\ufffdb"
 
 
+@pytest.mark.parametrize("text", [b"id,name\n" + b"1,foo\n2,bar\n" * 200 + b"\0\n", b'{"key":"a-b-c"}\n' * 9 + b"\0\n"])
+def test_a_stray_zero_makes_no_other_letters(text: bytes) -> None:
+    """A text with a NUL in it is not taken for UTF-16, whose letters could be made of pairs of its own."""
+    assert text_of(text) == text.decode().replace("\0", "\ufffd").strip()
+
+
 @pytest.mark.parametrize("data", [bytes(range(256)) * 8, b"\0" * 1000, b"text " * 30_000 + bytes(range(32)) * 4000])
 def test_binary_is_no_text(data: bytes) -> None:
     """Binary data under a text's name is refused, wherever in the file it is."""
