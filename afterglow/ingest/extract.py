@@ -221,7 +221,7 @@ def _known_encoding(declared: str | None) -> str | None:
     if declared is None:
         return None
     try:
-        "".encode(declared)
+        b"\xe9".decode(declared, "replace")  # codecs of domain names are no encodings of text, and raise
     except (LookupError, UnicodeError):
         return None
     return None if declared.lower().startswith(("utf", "u8")) else declared

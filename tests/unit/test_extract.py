@@ -90,6 +90,13 @@ def test_a_stray_zero_makes_no_other_letters(text: bytes) -> None:
     assert text_of(text) == text.decode().replace("\0", "\ufffd").strip()
 
 
+@pytest.mark.parametrize("codec", ["idna", "punycode", "hex", "undefined"])
+def test_a_page_may_name_a_codec_that_is_no_encoding(codec: str) -> None:
+    """What a web page says of its encoding is believed only when text can be read so."""
+    page = f'<meta charset="{codec}"><p>Le café est très bon, où êtes-vous allé?'.encode("cp1252")
+    assert text_of(page, "a.html") == "Le café est très bon, où êtes-vous allé?"
+
+
 @pytest.mark.parametrize("data", [bytes(range(256)) * 8, b"\0" * 1000, b"text " * 30_000 + bytes(range(32)) * 4000])
 def test_binary_is_no_text(data: bytes) -> None:
     """Binary data under a text's name is refused, wherever in the file it is."""
