@@ -191,8 +191,8 @@ class _Sheet:
 
 
 def _number(raw: str) -> str:
-    """Without the noise of binary fractions: 0.30000000000000004 is 0.3."""
-    if len(raw) < 16 and "E" not in raw:
+    """Without the noise of binary fractions: 0.30000000000000004 is 0.3. Whole numbers stay: long ones are names."""
+    if (len(raw) < 16 and "E" not in raw) or raw.removeprefix("-").isdecimal():
         return raw
     try:
         return f"{float(raw):.15g}"

@@ -236,6 +236,14 @@ def test_xlsx() -> None:
     assert pages == ["# People\n\nName | Born\nName: Ada; Born: 2021-01-01 12:00; TRUE", "# Other\n\nonly\n0.3"]
 
 
+def test_xlsx_numbers_can_be_found() -> None:
+    """As they are shown: fractions without noise, and every digit of a long whole number."""
+    cells = "".join(
+        f"<c><v>{raw}</v></c>" for raw in ("4111111111111111", "-12345678901234567890", "0.1000000000000001")
+    )
+    assert text_of(xlsx(A=f"<row>{cells}</row>"), "a.xlsx").endswith("4111111111111111 | -12345678901234567890 | 0.1")
+
+
 @pytest.mark.parametrize(
     ("table", "name"),
     [
