@@ -33,10 +33,14 @@ async def settle(house: House, chores: Sequence[Chore]) -> bool:
     by_store: dict[tuple[str, str], list[Chore]] = {}
     for chore in chores:
         by_store.setdefault((chore.project, chore.store_id), []).append(chore)
+    return all([await _settle_or_log(house, *place, those) for place, those in by_store.items()])
+
+
+async def _settle_or_log(house: House, project: str, store_id: str, chores: list[Chore]) -> bool:
+    """A store whose file on the disk is damaged keeps none of the others waiting."""
     try:
-        for (project, store_id), those in by_store.items():
-            async with index_lock(house, store_id):
-                await _settle_store(house, project, store_id, those)
+        async with index_lock(house, store_id):
+            await _settle_store(house, project, store_id, chores)
     except StoreError as error:
         log.error("The search index was not brought up to date, and will be later: %s", error)
         return False
@@ -44,10 +48,14 @@ async def settle(house: House, chores: Sequence[Chore]) -> bool:
 
 
 async def settle_all(house: House) -> bool:
-    """Do whatever was left undone."""
+    """Do whatever was left undone; return whether all of it could be."""
+    places = await house.store.read(store_rows.list_stores_with_chores)
+    return all([await _settle_rest(house, *place) for place in places])
 
+
+async def _settle_rest(house: House, project: str, store_id: str) -> bool:
     async def work(tx: Transaction) -> list[Chore]:
-        return await store_rows.list_chores(tx, AT_ONCE)
+        return await store_rows.list_chores(tx, project, store_id, AT_ONCE)
 
     while chores := await house.store.read(work):
         if not await settle(house, chores):

@@ -129,8 +129,17 @@ async def insert_chores(tx: Transaction, project: str, store_id: str, file_ids: 
     return chores
 
 
-async def list_chores(tx: Transaction, limit: int) -> list[Chore]:
-    return [Chore(*row) for row in await tx.fetch(f"SELECT * FROM index_chores LIMIT {limit}")]
+async def list_stores_with_chores(tx: Transaction) -> list[tuple[str, str]]:
+    """(project, id) of the stores that there are chores for, in all projects."""
+    rows = await tx.fetch("SELECT DISTINCT project_id, store_id FROM index_chores")
+    return [(project, store_id) for project, store_id in rows]
+
+
+async def list_chores(tx: Transaction, project: str, store_id: str, limit: int) -> list[Chore]:
+    rows = await tx.fetch(
+        f"SELECT * FROM index_chores WHERE project_id = $1 AND store_id = $2 LIMIT {limit}", project, store_id
+    )
+    return [Chore(*row) for row in rows]
 
 
 async def delete_chores(tx: Transaction, chores: Sequence[Chore]) -> None:

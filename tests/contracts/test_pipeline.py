@@ -13,11 +13,11 @@ import pytest
 from afterglow import vector_stores
 from afterglow.app import Application, open_application
 from afterglow.contracts import House, SearchIndex, Transaction
-from afterglow.errors import ModelRefused, ModelUnreachable, StoreFull
+from afterglow.errors import ModelRefused, ModelUnreachable, StoreFull, StoreUnavailable
 from afterglow.files import NewFile, create_file
 from afterglow.ingest import pipeline as pipeline_module
 from afterglow.ingest.pipeline import KEEPS_STOPPING, MISSING, WAITS_S, Pipeline
-from afterglow.ingest.upkeep import settle_all
+from afterglow.ingest.upkeep import AT_ONCE, settle_all
 from afterglow.objects import (
     CreateVectorStore,
     CreateVectorStoreFile,
@@ -28,6 +28,7 @@ from afterglow.objects import (
 )
 from afterglow.rows import vector_store_files as file_rows
 from afterglow.rows.requests import Origin
+from afterglow.rows.vector_stores import insert_chores
 from afterglow.settings import load
 from afterglow.testing import ScriptedEmbedder, ScriptedEngine, ScriptedModels, ScriptedParser, SetClock
 from tests.api.wire import until
@@ -477,6 +478,31 @@ async def test_what_the_index_was_not_told_it_is_told_later(bench: Bench, monkey
     assert await settle_all(bench.house)
     assert await bench.chores() == 0
     assert await bench.text(store, file_id) == ""
+
+
+async def test_a_damaged_store_keeps_no_other_waiting(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """What its index cannot be told is tried again; all others are told meanwhile, however much that is."""
+    file_id, other = await bench.file(), await bench.file()
+    damaged, sound = await bench.store(file_id, other), await bench.store(file_id, other)
+    for store in (damaged, sound):
+        await bench.ended(store, file_id)
+        await bench.ended(store, other)
+    delete_file = bench.index.delete_file
+
+    async def fails(project: str, store_id: str, file_id: str) -> None:
+        if store_id == damaged:
+            raise StoreUnavailable("its file is no database")
+        await delete_file(project, store_id, file_id)
+
+    async def note(tx: Transaction) -> None:
+        await insert_chores(tx, PROJECT, damaged, ["file-gone"] * 2 * AT_ONCE)
+        await vector_stores.leave_stores(tx, PROJECT, file_id)
+
+    monkeypatch.setattr(bench.index, "delete_file", fails, raising=False)
+    await bench.house.store.write(note)
+    assert not await settle_all(bench.house)
+    assert await bench.text(sound, file_id) == ""
+    assert await bench.chores() == 2 * AT_ONCE + 1
 
 
 async def test_a_store_that_is_to_be_emptied_is_not_filled(bench: Bench, monkeypatch: pytest.MonkeyPatch):
