@@ -87,7 +87,7 @@ class Archive:
 
         parser.StartElementHandler = start
         parser.EndElementHandler = lambda name: found.append(Event("end", _local(name), {}))
-        parser.CharacterDataHandler = lambda text: found.append(Event("text", "", {}, text))
+        parser.CharacterDataHandler = lambda text: found.append(Event("text", "", {}, text.replace("\r", "\n")))
         parser.StartDoctypeDeclHandler = refuse
         for data in self.read(part):
             parser.Parse(data, False)

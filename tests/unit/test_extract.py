@@ -207,6 +207,11 @@ def test_docx() -> None:
     assert (found.title, found.pages) == ("The Title", None)
 
 
+def test_lines_of_office_documents_end_as_others_do() -> None:
+    """A carriage return that is written as a reference, which XML itself keeps, ends a line."""
+    assert text_of(docx(paragraph("one&#13;two")), "a.docx") == "one\ntwo"
+
+
 def test_docx_text_box_is_read_once() -> None:
     """Of what is there twice, for old programs, one is read."""
     box = (
