@@ -28,6 +28,7 @@ MINIMUM_VERSION = (3, 35, 0)  # RETURNING
 READERS = 3
 GROUP_SIZE = 256
 BUSY_TIMEOUT_S = 5.0
+LULL_S = 2.0
 
 log = logging.getLogger("afterglow.store")
 
@@ -129,13 +130,22 @@ class SqliteStore:
     # The writer's thread.
 
     def _serve_writes(self, connection: sqlite3.Connection) -> None:
-        while (first := self._writes.get()) is not None:
+        while (first := self._next_write(connection)) is not None:
             group = [first]
             stop = self._commit_group(connection, group)
             self._resolve(group)
             if stop:
                 break
         connection.close()
+
+    def _next_write(self, connection: sqlite3.Connection) -> _Job | None:
+        """What is written next. In a lull the log is emptied: until then, it has what was deleted from the tables."""
+        while True:
+            try:
+                return self._writes.get(timeout=LULL_S)
+            except queue.Empty:
+                if _empty_log(connection):
+                    return self._writes.get()
 
     def _commit_group(self, connection: sqlite3.Connection, group: list[_Job]) -> bool:
         """Run the first job and whatever else is waiting in one transaction; return whether the end was asked."""
@@ -237,6 +247,18 @@ def _roll_back(connection: sqlite3.Connection) -> None:
     if connection.in_transaction:
         with contextlib.suppress(sqlite3.Error):  # whoever begins the next transaction is told
             connection.execute("ROLLBACK")
+
+
+def _empty_log(connection: sqlite3.Connection) -> bool:
+    """Move everything from the write-ahead log into the database's file; return whether nobody stood in the way."""
+    try:
+        connection.execute("PRAGMA busy_timeout = 0")
+        [(busy, _, _)] = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        return not busy
+    except sqlite3.Error:  # such as a full disk, which the next write is told of
+        return False
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_S * 1000:.0f}")
 
 
 def _open_all(path: Path, count: int) -> list[sqlite3.Connection]:

@@ -51,15 +51,15 @@ _BEGUN = re.compile(r"【(?:\d{1,6}(?::(?:\d{1,6}(?:†[^【】]{0,300})?)?)?)?$
 
 
 def citations(text: str, files: Mapping[str, str]) -> list[Json]:
-    """One `file_citation` annotation for each marker in `text` that names a result. files: file id by marker. Indices are
-    code points, the end not included."""
+    """One `file_citation` annotation for each marker in `text` that names a result. files: file id by marker. Indices
+    are code points, the end not included."""
     found = [(at, named_by(at[0], files)) for at in MARKER.finditer(text)]
     return [_file_citation(at, file_id) for at, file_id in found if file_id is not None]
 
 
 def named_by(marker: str, results: Mapping[str, T]) -> T | None:
-    """Which of `results`, by their markers, this one names. The original's said `source` in the place of the file's name,
-    and models still do."""
+    """Which of `results`, by their markers, this one names. The original's said `source` in the place of the file's
+    name, and models still do."""
     if marker in results or not marker.endswith(_SOURCE):
         return results.get(marker)
     numbers = marker.removesuffix(_SOURCE)

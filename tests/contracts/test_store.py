@@ -10,13 +10,14 @@ import stat
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from afterglow.contracts import Store, Transaction, Work
 from afterglow.errors import ConfigError, StoreError, StoreFull, StoreUnavailable
+from afterglow.store import sqlite
 from afterglow.store.sqlite import SqliteStore, _connect, _migrations, _statements
 from tests.conftest import ServerFactory
 
@@ -696,3 +697,21 @@ async def test_deleted_text_leaves_the_file_whatever_the_build_of_sqlite(
         await store.write(adds("a secret"))
         await store.write(forget)
     assert b"a secret" not in path.read_bytes()
+
+
+async def test_deleted_text_leaves_the_log_in_a_lull(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Soon after the last write nothing that was deleted is on the disk, also while the store stays open; a reader that
+    stands in the way for a while only delays it."""
+    monkeypatch.setattr(sqlite, "LULL_S", 0.01)
+    async with sqlite_store(path) as store:
+        await store.write(adds("a secret"))
+        with closing(sqlite3.connect(path)) as reader:
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT id FROM projects").fetchall() == [("a secret",)]
+            await store.write(lambda tx: tx.execute("DELETE FROM projects"))
+            await asyncio.sleep(0.05)
+            assert any(b"a secret" in file.read_bytes() for file in path.parent.iterdir())
+        async with asyncio.timeout(10):
+            while any(b"a secret" in file.read_bytes() for file in path.parent.iterdir()):
+                await asyncio.sleep(0.01)
+        await store.write(adds("and on"))
