@@ -28,7 +28,7 @@ MINIMUM_VERSION = (3, 35, 0)  # RETURNING
 READERS = 3
 GROUP_SIZE = 256
 BUSY_TIMEOUT_S = 5.0
-LULL_S = 2.0
+LULL_S = 0.3  # less than between two looks of an idle server for work
 
 log = logging.getLogger("afterglow.store")
 
