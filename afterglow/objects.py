@@ -786,3 +786,17 @@ class Model(Struct, kw_only=True):
     object: str = "model"
     created: int = 0
     owned_by: str = "afterglow"
+
+
+# --- before threads begin --------------------------------------------------------------------------------------
+
+
+def learn_structs() -> None:
+    """Have msgspec look at every struct there is, now. It does so when one is first decoded, and two threads that come
+    to it in the same moment crash the process."""
+    waiting: list[type[Struct]] = [Struct]
+    while waiting:
+        kinds = waiting.pop().__subclasses__()
+        waiting += kinds
+        for kind in kinds:
+            msgspec.json.Decoder(kind)

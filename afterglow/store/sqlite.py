@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from afterglow.contracts import SqlRow, SqlValue, Work
 from afterglow.errors import ConfigError, StoreError, StoreFull, StoreUnavailable
+from afterglow.objects import learn_structs
 
 T = TypeVar("T")
 MINIMUM_VERSION = (3, 35, 0)  # RETURNING
@@ -73,6 +74,7 @@ class SqliteStore:
         Raises ConfigError when SQLite is too old, the file system cannot hold a WAL, or the schema is newer than
         this release; StoreUnavailable when the file cannot be opened.
         """
+        learn_structs()
         self._path = path
         self._closed = False
         self._writes: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()

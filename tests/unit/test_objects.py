@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import types
 import typing
 from functools import cache
@@ -101,6 +103,8 @@ from afterglow.objects import (
     VectorStoreFile,
     VectorStoreFileBatch,
 )
+from afterglow.rows.runs import RunRow
+from afterglow.store.sqlite import SqliteStore
 
 # --- samples ---------------------------------------------------------------------------------------------------
 
@@ -575,3 +579,44 @@ def test_usage_adds_up():
         "completion_tokens_details": {"reasoning_tokens": 10},
     }
     assert one.plus(Usage()) == one
+
+
+CROWD = """
+import sys, threading, types
+import msgspec
+from afterglow.objects import learn_structs
+
+sys.setswitchinterval(1e-6)
+for number in range(100):
+    module = sys.modules[f"m{number}"] = types.ModuleType(f"m{number}")
+    for depth in range(12):
+        fields = [("more", dict[str, dict[str, int]], {}), ("some", dict[str, list[int | str | None]], {})]
+        if depth:
+            fields.append(("before", struct | None, None))
+        struct = msgspec.defstruct(f"S{depth}", fields, module=module.__name__)
+        setattr(module, f"S{depth}", struct)
+    learn_structs()
+    start = threading.Barrier(4)
+
+    def decode():
+        start.wait()
+        msgspec.json.decode(b'{"before": {"some": {"a": [1]}}}', type=struct)
+
+    threads = [threading.Thread(target=decode) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+"""
+
+
+def test_structs_that_were_learnt_are_safe_among_threads():
+    """Threads that decode a struct for the first time, all in the same moment, do not crash the process."""
+    ended = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+async def test_a_store_learns_all_structs_before_its_threads_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every struct of the package is known when the database's threads first decode one."""
+    learnt: list[Any] = []
+    monkeypatch.setattr("msgspec.json.Decoder", learnt.append)
+    await SqliteStore(tmp_path / "afterglow.db").close()
+    assert {objects.Run, objects.Message, RunRow} <= set(learnt)
