@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
 LOCK := uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header -q
 LOCKS := afterglow/sandbox/locks
 
-.PHONY: help setup demo serve test test-all bench lint format docs lock clean
+.PHONY: help setup demo serve test test-all chaos bench lint format docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -22,8 +22,13 @@ serve: .venv/.serve ## the server, at http://127.0.0.1:8000/v1
 test: .venv/.dev .venv/.sandbox ## the tests to run before every commit (under two minutes)
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
-test-all: .venv/.dev .venv/.sandbox ## all tests, with the slow kinds: other clients, crashes, real processes
+test-all: .venv/.dev .venv/.sandbox ## all tests, with the slow kinds; those of the API on Postgres, too
 	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --database postgres tests/api
+
+SEEDS ?= 1-5
+chaos: .venv/.dev ## processes and databases that are killed, by the seed: `make chaos SEEDS=1-20`
+	$(BIN)/python -m tests.chaos $(SEEDS)
 
 bench: .venv/.serve ## the figures this server owes, measured here (under five minutes)
 	$(BIN)/python -m bench.run
@@ -44,7 +49,7 @@ lock: ## resolve the dependencies anew (needs uv)
 	printf "hatchling\neditables\n" | $(LOCK) - -o locks/build.txt
 	$(LOCK) pyproject.toml -o locks/serve.txt
 	$(LOCK) --extra demo -c locks/serve.txt pyproject.toml -o locks/demo.txt
-	$(LOCK) --extra demo --group dev -c locks/demo.txt pyproject.toml -o locks/dev.txt
+	$(LOCK) --extra demo --extra otel --group dev -c locks/demo.txt pyproject.toml -o locks/dev.txt
 	cd $(LOCKS) && $(LOCK) --only-binary :all: base.in -o base.txt
 	cd $(LOCKS) && $(LOCK) --only-binary :all: -c base.txt standard.in -o standard.txt
 	cd $(LOCKS) && $(LOCK) --only-binary :all: -c standard.txt full.in -o full.txt

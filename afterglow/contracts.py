@@ -7,15 +7,15 @@ The bundle of chosen plugs is `House`.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
-from weakref import WeakValueDictionary
 
 import msgspec
 
+from afterglow.metrics import Metrics
 from afterglow.objects import AttributeValue, Filter, Usage
 from afterglow.settings import Settings
 
@@ -55,7 +55,8 @@ Work = Callable[[Transaction], Awaitable[T]]
 
 class Store(Protocol):
     """Runs work in transactions. Work awaits nothing but its transaction: under SQLite it is driven to its end
-    inside the writer's thread, so it may touch neither the event loop nor state shared with it.
+    inside the writer's thread, so it may touch neither the event loop nor state shared with it. Under Postgres it may
+    be run again, from the start, when others wrote what it had read: it changes nothing but through its transaction.
 
     Every call raises StoreFull or StoreUnavailable when the database fails; then nothing of the work was written.
     A statement that is itself wrong is a bug, raised as the driver raises it.
@@ -65,8 +66,15 @@ class Store(Protocol):
         """Run `work` on a snapshot; it must not write."""
         ...
 
-    async def write(self, work: Work[T]) -> T:
-        """Run `work` alone, commit, and return its result. An exception of the work's rolls it back and is raised."""
+    async def write(self, work: Work[T], *, rowwise: bool = False) -> T:
+        """Run `work`, commit, and return its result. An exception of the work's rolls it back and is raised.
+
+        Others who write to a row that this work writes to do so before or after it, never meanwhile; then `work` may
+        be run again from its start. Hence it changes nothing but through its transaction and its return value, and
+        two works that must not miss each other write to a row in common.
+        rowwise: each of its statements minds rows one by one, such as renewing leases; it never has to be run again
+        because of what others do to some of many rows.
+        """
         ...
 
     async def write_early(self, work: Work[T]) -> tuple[T, Awaitable[None]]:
@@ -74,6 +82,16 @@ class Store(Protocol):
 
         For work whose result may be acted on privately before it is durable, and announced only after.
         """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Locks(Protocol):
+    """Locks by name, for what no transaction can hold together: one holder among all processes on the same data."""
+
+    def hold(self, name: str) -> AbstractAsyncContextManager[None]:
+        """Raises StoreUnavailable when it cannot be known whether another holds it."""
         ...
 
     async def close(self) -> None: ...
@@ -374,6 +392,9 @@ class Weights(msgspec.Struct, frozen=True):
     text: float = 1.0
 
 
+IndexedFile = tuple[dict[str, AttributeValue], list[Chunk], list[bytes] | None, str]  # as `put_file` takes it
+
+
 class SearchIndex(Protocol):
     """The chunks of vector stores, by words and by vectors. A store comes to be with its first file.
 
@@ -437,6 +458,10 @@ class SearchIndex(Protocol):
 
     async def list_chunks(self, project: str, store_id: str, file_id: str, after: int, limit: int) -> list[Chunk]:
         """A file's chunks in order, those after index `after` (-1: from the first)."""
+        ...
+
+    async def read_file(self, project: str, store_id: str, file_id: str) -> IndexedFile | None:
+        """All of a file, as `put_file` was given it, vectors bit for bit; None when it is not there."""
         ...
 
     async def text(self, project: str, store_id: str, file_id: str) -> str:
@@ -582,6 +607,43 @@ class CodeEngine(Protocol):
         ...
 
 
+# --- traces ----------------------------------------------------------------------------------------------------
+
+SpanKind = Literal["created", "run", "attempt", "model", "tool"]
+SpanAttributes = dict[str, str | int]
+
+
+class Span(NamedTuple):
+    """A part of a run's trace that is over. began, ended: Unix seconds. failure: empty when it ended well.
+
+    `run` is the root, `attempt` is in it, `model` and `tool` are in the attempt of that number; the parts of a run
+    find each other though different processes tell of them. `created` is in the trace of whoever created the run:
+    caller, a W3C `traceparent`.
+    """
+
+    kind: SpanKind
+    name: str
+    run_id: str
+    began: float
+    ended: float
+    attributes: SpanAttributes
+    attempt: int = 0
+    failure: str = ""
+    caller: str = ""
+
+
+class Traces(Protocol):
+    """Takes the traces of runs to whoever keeps them."""
+
+    def add(self, span: Span) -> None:
+        """Send it along with others, some time soon. Raises nothing: what cannot be sent is dropped."""
+        ...
+
+    async def close(self) -> None:
+        """Send what is left, within seconds."""
+        ...
+
+
 # --- the bundle ------------------------------------------------------------------------------------------------
 
 
@@ -590,7 +652,8 @@ class House:
     """The plugs that `app.py` chose, handed to whoever needs them.
 
     ingest_queue: as `queue`, for files of vector stores; its `cancel` takes `vs_…/file-…`, or `vs_…` for all of a
-    store's. index_locks: by vector store, see `ingest/upkeep.py`. embedder: None searches words alone.
+    store's. locks: whoever writes to the index of a store holds that of its id, see `ingest/upkeep.py`. embedder: None
+    searches words alone. metrics: what `/metrics` shows of this process. traces: None keeps none.
     """
 
     settings: Settings
@@ -604,8 +667,10 @@ class House:
     code_engine: CodeEngine
     ingest_queue: RunQueue
     index: SearchIndex
+    locks: Locks
     embedder: Embedder | None = None
-    index_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    metrics: Metrics = field(default_factory=Metrics)
+    traces: Traces | None = None
 
     def why_off(self, kind: str) -> str | None:
         """Why a server-side tool cannot be had, in words for the model and the operator; None when it can, or when

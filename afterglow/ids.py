@@ -25,6 +25,14 @@ def new_id(prefix: str, sign: str = "_") -> str:
     )
 
 
+def made_at(object_id: str) -> float:
+    """When an id of ours was made: Unix seconds, to the millisecond."""
+    number = 0
+    for digit in object_id[-TIME_CHARS - RANDOM_CHARS : -RANDOM_CHARS]:
+        number = number * 62 + ALPHABET.index(digit)
+    return number / 1000
+
+
 def _base62(number: int, width: int) -> str:
     digits = []
     for _ in range(width):

@@ -23,7 +23,7 @@ def setting(default: Any, help: str, *, secret: bool = False, flag: bool = False
     """One row of the table. secret: never shown; flag: also a flag of `afterglow serve`."""
     metadata = {"help": help, "secret": secret, "flag": flag, "unit": unit}
     if default == {}:
-        return field(default_factory=dict, metadata=metadata)
+        return field(default_factory=dict, metadata=metadata, repr=not secret)
     return field(default=default, metadata=metadata, repr=not secret)
 
 
@@ -60,6 +60,36 @@ class Settings:
     host: str = setting("127.0.0.1", "Address to listen on. Any address but loopback needs keys.", flag=True)
     port: int = setting(8000, "Port to listen on; 0 takes a free one.", flag=True)
     data: str = setting("./afterglow-data", "Folder for the database and the files.", flag=True)
+    database_url: str = setting(
+        "",
+        "Postgres that all processes share, `postgresql://…`. Empty: SQLite in the data folder, for one process.",
+        secret=True,
+        flag=True,
+    )
+    database_listen_url: str = setting(
+        "",
+        "The same database by a direct connection, where `database_url` goes through PgBouncer: LISTEN needs one.",
+        secret=True,
+    )
+    database_connections: int = setting(10, "Connections to Postgres that one process opens, beside that for LISTEN.")
+    blob_url: str = setting(
+        "",
+        "Where the bytes of files are: `s3://BUCKET/PREFIX`, `gs://…` or `az://…`. Empty: the data folder.",
+        flag=True,
+    )
+    blob_options: Mapping[str, str] = setting(
+        {}, "Options of `blob_url`, such as `endpoint=http://minio:9000`, comma-separated; keys, too.", secret=True
+    )
+    shared_data: bool = setting(
+        False, "The data folder is on a disk that all hosts share: needed with `database_url` and no `blob_url`."
+    )
+    drain_s: float = setting(
+        5.0, "How long a server that is told to stop lets its runs finish, before others take them.", unit="seconds"
+    )
+    metrics_port: int = setting(
+        0, "Port on `host` for `/metrics`, `/healthz` and `/readyz`, without a key; 0: none.", flag=True
+    )
+    trace_url: str = setting("", "OTLP/HTTP address that traces are sent to; needs the extra `otel`.")
     model_url: str = setting(
         "", "Base URL of an OpenAI-compatible model server. Empty: the built-in offline model answers.", flag=True
     )
@@ -131,9 +161,15 @@ class Settings:
     )
     code_interpreter: str = setting(
         "auto",
-        "What runs model-written Python: `auto` (native, else docker, else off), `native`, `docker` or `off`.",
+        "What runs model-written Python: `auto` (native, else docker, else off), `native`, `docker`, `remote`, `off`.",
         flag=True,
     )
+    sandbox_url: str = setting(
+        "",
+        "Addresses of sandbox hosts, for the engine `remote`, comma-separated: `tcp://HOST:PORT`, or `https://…` within"
+        " TLS; a name may stand for many. Each is an `afterglow sandbox serve`.",
+    )
+    sandbox_token: str = setting("", "What sandbox hosts demand of their callers, 32 characters or more.", secret=True)
     docker_host: str = setting("", "Path of Docker's socket, for the engine `docker`. Empty: the usual places.")
     sandbox_env: str = setting(
         "",
@@ -189,6 +225,7 @@ ABOVE_ZERO = (
     "sandbox_ttl_s",
     "cell_timeout_s",
     "cell_output_kb",
+    "database_connections",
 )
 
 
@@ -356,14 +393,14 @@ def _check(settings: Settings) -> None:
         ("log_format", ("text", "json")),
         ("log_level", ("debug", "info", "warning", "error")),
         ("history", ("calls", "messages")),
-        ("code_interpreter", ("auto", "native", "docker", "off")),
+        ("code_interpreter", ("auto", "native", "docker", "remote", "off")),
     ):
         if getattr(settings, name) not in allowed:
             raise ConfigError(f"{name}: expected {' or '.join(allowed)}, got {getattr(settings, name)!r}.")
     for name in ABOVE_ZERO:
         if getattr(settings, name) <= 0:
             raise ConfigError(f"{name}: must be more than 0.")
-    for name in ("model_retries", "poll_after_ms", "output_retention_d", "sandbox_pool", "sandbox_free_mb"):
+    for name in ("model_retries", "poll_after_ms", "output_retention_d", "sandbox_pool", "sandbox_free_mb", "drain_s"):
         if getattr(settings, name) < 0:
             raise ConfigError(f"{name}: must not be less than 0.")
     if settings.embedding_url and not settings.embedding_url.startswith(("http://", "https://")):
@@ -372,5 +409,14 @@ def _check(settings: Settings) -> None:
         raise ConfigError("embedding_model: embedding_url needs the name of a model beside it.")
     if not 1 <= settings.thread_store_days <= 365:
         raise ConfigError("thread_store_days: must be between 1 and 365.")
-    if not 0 <= settings.port <= 65535:
-        raise ConfigError("port: must be between 0 and 65535.")
+    for name in ("port", "metrics_port"):
+        if not 0 <= getattr(settings, name) <= 65535:
+            raise ConfigError(f"{name}: must be between 0 and 65535.")
+    if settings.database_url and not settings.database_url.startswith(("postgresql://", "postgres://")):
+        raise ConfigError("database_url: expected postgresql://….")  # not the value: it holds a password
+    if settings.database_listen_url and not settings.database_url:
+        raise ConfigError("database_listen_url: is beside database_url, which is not set.")
+    if settings.blob_url and not settings.blob_url.startswith(("s3://", "gs://", "az://")):
+        raise ConfigError(f"blob_url: expected s3://…, gs://… or az://…, got {settings.blob_url!r}.")
+    if settings.code_interpreter == "remote" and not (settings.sandbox_url and settings.sandbox_token):
+        raise ConfigError("code_interpreter: the engine `remote` needs sandbox_url and sandbox_token.")

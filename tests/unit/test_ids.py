@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from afterglow import ids
-from afterglow.ids import ALPHABET, RANDOM_CHARS, TIME_CHARS, new_id
+from afterglow.ids import ALPHABET, RANDOM_CHARS, TIME_CHARS, made_at, new_id
 
 
 @pytest.mark.parametrize("prefix", ["asst", "thread", "msg", "run", "step", "call", "key"])
@@ -21,6 +22,12 @@ def test_an_id_is_its_prefix_and_24_characters(prefix: str):
 def test_ids_of_files_have_a_hyphen():
     """As they have in the original."""
     assert re.fullmatch(r"file-[0-9A-Za-z]{24}", new_id("file", "-"))
+
+
+def test_an_id_says_when_it_was_made():
+    """To the millisecond."""
+    before = time.time()
+    assert before - 0.001 <= made_at(new_id("run")) <= time.time()
 
 
 def test_ids_are_different():
