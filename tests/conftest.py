@@ -15,9 +15,13 @@ import uvicorn
 from openai.types.beta import Assistant
 from openai.types.beta.threads import Run
 
-from afterglow.app import Application, open_application
+from afterglow.app import Application, database_path, open_application
+from afterglow.contracts import Store
 from afterglow.settings import Settings, load
+from afterglow.store.sqlite import SqliteStore
 from afterglow.testing import ScriptedEngine, ScriptedModels, ScriptedParser
+from tests.postgres import FolderDatabases, close_shared_postgres
+from tests.twice import TwiceStore
 
 GET_WEATHER = {
     "type": "function",
@@ -100,6 +104,55 @@ class _PromptServer(uvicorn.Server):
                 await asyncio.sleep(0.001)
 
 
+# Which database the servers of these tests have; `--database` says so.
+_database = "sqlite"
+_databases = FolderDatabases()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--database",
+        choices=["sqlite", "twice", "postgres"],
+        default="sqlite",
+        help="what servers of the tests store in; twice: SQLite, and whatever writes is run twice",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global _database
+    _database = config.getoption("--database")
+
+
+def pytest_unconfigure() -> None:
+    close_shared_postgres()
+
+
+@pytest.fixture
+def on_sqlite() -> None:
+    """For tests of what one process alone does with one folder."""
+    if _database == "postgres":
+        pytest.skip("it is about SQLite and a folder")
+
+
+@pytest.fixture(autouse=True)
+async def _no_database_is_left() -> AsyncGenerator[None, None]:
+    yield
+    await _databases.drop()
+
+
+async def _chosen_url(folder: Path) -> str:
+    """The setting `database_url`, as `--database` says."""
+    return await _databases.url(str(folder)) if _database == "postgres" else ""
+
+
+def _open_store(settings: Settings) -> Store | None:
+    """The store that `--database` asks for; None lets the application choose."""
+    if _database != "twice":
+        return None
+    Path(settings.data).mkdir(parents=True, exist_ok=True)
+    return TwiceStore(SqliteStore(database_path(settings)))
+
+
 ServerFactory = Callable[..., AbstractAsyncContextManager[Server]]
 
 
@@ -109,10 +162,17 @@ async def running_server(
 ) -> AsyncGenerator[Server, None]:
     """A server on `folder`; start it again on the same folder to see what survives. code_engine, parser: in place of
     the scripted ones. embedder: there is none otherwise."""
-    loaded: Settings = load({"data": str(folder), **settings}, environ={})
+    settings = {"data": str(folder), "database_url": await _chosen_url(folder), **settings}
+    loaded: Settings = load(settings, environ={})
     model, code, parser = ScriptedModels(), code_engine or ScriptedEngine(), parser or ScriptedParser()
     async with open_application(
-        loaded, models=model, clock=clock, code_engine=code, parser=parser, embedder=embedder
+        loaded,
+        models=model,
+        clock=clock,
+        code_engine=code,
+        parser=parser,
+        embedder=embedder,
+        store=_open_store(loaded),
     ) as application:
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # uvloop does it; asyncio would wait 40 ms

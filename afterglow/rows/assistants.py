@@ -52,7 +52,7 @@ async def list_assistants(
     )
 
 
-async def put_assistant(tx: Transaction, project: str, row: AssistantRow, seq: int = 0) -> None:
+async def put_assistant(tx: Transaction, project: str, row: AssistantRow, seq: int) -> None:
     """Insert at `seq`, or replace the one with this id, which keeps its place in lists."""
     await tx.execute(
         "INSERT INTO assistants (project_id, id, seq, created_at, declared, asked, object)"
@@ -63,6 +63,19 @@ async def put_assistant(tx: Transaction, project: str, row: AssistantRow, seq: i
         row.assistant.id,
         seq,
         row.assistant.created_at,
+        int(row.declared),
+        msgspec.json.encode(row.asked).decode(),
+        msgspec.json.encode(row.assistant).decode(),
+    )
+    await set_file_uses(tx, project, "assistants", row.assistant.id, row.assistant.tool_resources)
+
+
+async def update_assistant(tx: Transaction, project: str, row: AssistantRow) -> None:
+    """Replace one that is there. Not `put_assistant`: that would bring back one that is being deleted."""
+    await tx.execute(
+        "UPDATE assistants SET declared = $3, asked = $4, object = $5 WHERE project_id = $1 AND id = $2",
+        project,
+        row.assistant.id,
         int(row.declared),
         msgspec.json.encode(row.asked).decode(),
         msgspec.json.encode(row.assistant).decode(),

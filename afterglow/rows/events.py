@@ -6,11 +6,12 @@ from afterglow.contracts import Position, Segment, Transaction
 
 
 async def insert_segment(tx: Transaction, project: str, run_id: str, segment: Segment, now: int) -> None:
-    """Write a segment, unless its run is gone or another attempt has taken over."""
+    """Write a segment, unless its run is gone or another attempt has taken over, or it is there already."""
     await tx.execute(
         "INSERT INTO events (project_id, run_id, attempt, first_seq, last_seq, stop, created_at, data)"
         " SELECT $1, $2, $3, $4, $5, $6, $7, $8"
-        " WHERE EXISTS (SELECT 1 FROM runs WHERE project_id = $1 AND id = $2 AND attempt = $3)",
+        " WHERE EXISTS (SELECT 1 FROM runs WHERE project_id = $1 AND id = $2 AND attempt = $3)"
+        " ON CONFLICT (project_id, run_id, attempt, first_seq) DO NOTHING",
         project,
         run_id,
         segment.attempt,
@@ -48,15 +49,20 @@ async def get_last_position(tx: Transaction, project: str, run_id: str) -> Posit
 
 
 async def delete_events_before(tx: Transaction, created_before: int, limit: int) -> int:
-    """Delete old segments of runs that are over; return how many."""
+    """Delete old segments of runs that are over, or gone: text that was just being written when its thread was deleted
+    may have been left. Return how many."""
     return await tx.execute(
         "DELETE FROM events WHERE (project_id, run_id, attempt, first_seq) IN (SELECT e.project_id, e.run_id,"
-        " e.attempt, e.first_seq FROM events e JOIN runs r ON r.project_id = e.project_id AND r.id = e.run_id"
-        f" WHERE e.created_at < $1 AND r.holds_thread = 0 LIMIT {limit})",
+        " e.attempt, e.first_seq FROM events e LEFT JOIN runs r ON r.project_id = e.project_id AND r.id = e.run_id"
+        f" WHERE e.created_at < $1 AND COALESCE(r.holds_thread, 0) = 0 LIMIT {limit})",
         created_before,
     )
 
 
 async def blank_run_events(tx: Transaction, project: str, run_id: str) -> None:
-    """Take the text of a run's events away; their numbers stay taken, so that later ones go on after them."""
+    """Take the text of a run's events away; their numbers stay taken, so that later ones go on after them.
+
+    The run is written as it is, so that a transaction which adds events to it does so before, or sees what is gone.
+    """
+    await tx.execute("UPDATE runs SET attempt = attempt WHERE project_id = $1 AND id = $2", project, run_id)
     await tx.execute("UPDATE events SET data = $3 WHERE project_id = $1 AND run_id = $2", project, run_id, b"")

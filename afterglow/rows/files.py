@@ -1,6 +1,7 @@
-"""Rows of `files`, of `file_uses` and `loose_blobs` beside them, and of `sandbox_files`.
+"""Rows of `files`, of `file_uses` and `loose_blobs` beside them, and of `sandbox_files` and `sandbox_sessions`.
 
-A file that has expired is not there, though its row may still be: whoever reads says what time it is.
+A file that has expired is not there, though its row may still be: whoever reads says what time it is. One that is to be
+deleted is condemned first, in a transaction of its own: it has expired then, at 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import msgspec
 
 from afterglow.contracts import SqlValue, Transaction
 from afterglow.objects import File, Json
-from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.lists import HELD, ListPage, list_page
 
 LIVING = "project_id = $1 AND (expires_at IS NULL OR expires_at > $2)"
 Holder = Literal["assistants", "threads"]
@@ -46,31 +47,34 @@ class PlacedFile(NamedTuple):
 
 
 async def get_file_object(tx: Transaction, project: str, file_id: str, now: float) -> str | None:
-    rows = await tx.fetch(f"SELECT object FROM files WHERE {LIVING} AND id = $3", project, now, file_id)
+    rows = await tx.fetch(f"SELECT object FROM files WHERE {LIVING} AND id = $3", project, int(now), file_id)
     return rows[0][0] if rows else None
 
 
 async def get_file(tx: Transaction, project: str, file_id: str, now: float) -> StoredFile | None:
-    rows = await tx.fetch(f"SELECT object, blob FROM files WHERE {LIVING} AND id = $3", project, now, file_id)
+    rows = await tx.fetch(f"SELECT object, blob FROM files WHERE {LIVING} AND id = $3", project, int(now), file_id)
     return StoredFile(msgspec.json.decode(rows[0][0], type=File), rows[0][1]) if rows else None
 
 
-async def get_files(tx: Transaction, project: str, file_ids: Iterable[str], now: float) -> dict[str, File]:
-    """Those of `file_ids` that are there, by id, in the order given."""
-    found = {}
-    for file_id in file_ids:
-        if stored := await get_file(tx, project, file_id, now):
-            found[file_id] = stored.file
-    return found
+async def hold_file(tx: Transaction, project: str, file_id: str, now: float) -> File | None:
+    """The file, for a work that lets something name it: it is not condemned before that is committed."""
+    rows = await tx.fetch(f"SELECT object FROM files WHERE {LIVING} AND id = $3 {HELD}", project, int(now), file_id)
+    return msgspec.json.decode(rows[0][0], type=File) if rows else None
+
+
+async def hold_files(tx: Transaction, project: str, file_ids: Iterable[str], now: float) -> dict[str, File]:
+    """Those of `file_ids` that are there, by id, in the order given; held as by `hold_file`."""
+    held = {file_id: await hold_file(tx, project, file_id, now) for file_id in file_ids}
+    return {file_id: file for file_id, file in held.items() if file is not None}
 
 
 async def list_files(
     tx: Transaction, project: str, purpose: str | None, now: float, *, limit: int, order: str, after: str | None
 ) -> ListPage:
     where = LIVING
-    values: tuple[SqlValue, ...] = (project, now)
+    values: tuple[SqlValue, ...] = (project, int(now))
     if purpose is not None:
-        where, values = f"{LIVING} AND purpose = $3", (project, now, purpose)
+        where, values = f"{LIVING} AND purpose = $3", (*values, purpose)
     return await list_page(tx, "files", where, values, limit=limit, order=order, after=after, before=None)
 
 
@@ -94,17 +98,31 @@ async def insert_file(tx: Transaction, project: str, file: File, blob: str, seq:
     )
 
 
+async def condemn_file(tx: Transaction, project: str, file_id: str, now: float) -> bool:
+    """Whether it is there; from the commit on it is not, and nothing more can come to name it."""
+    condemned = await tx.execute(
+        f"UPDATE files SET expires_at = 0 WHERE {LIVING} AND id = $3", project, int(now), file_id
+    )
+    return condemned > 0
+
+
+async def condemn_expired(tx: Transaction, now: float) -> int:
+    """Condemn those whose time is over, in all projects."""
+    return await tx.execute("UPDATE files SET expires_at = 0 WHERE expires_at <= $1 AND expires_at > 0", int(now))
+
+
 async def delete_file(tx: Transaction, project: str, file_id: str) -> str | None:
-    """Delete the row, also of a file that has expired, and what sandboxes know of it; return the key of its bytes."""
+    """Delete the row of a file that is condemned, and what sandboxes know of it; return the key of its bytes, or None
+    when another has deleted it."""
     rows = await tx.fetch("DELETE FROM files WHERE project_id = $1 AND id = $2 RETURNING blob", project, file_id)
     for column in ("file_id", "input_id"):
         await tx.execute(f"DELETE FROM sandbox_files WHERE project_id = $1 AND {column} = $2", project, file_id)
     return rows[0][0] if rows else None
 
 
-async def list_expired(tx: Transaction, now: float, limit: int) -> list[tuple[str, str]]:
-    """(project, id) of files whose time is over, in all projects."""
-    rows = await tx.fetch(f"SELECT project_id, id FROM files WHERE expires_at <= $1 LIMIT {limit}", now)
+async def list_condemned(tx: Transaction, limit: int) -> list[tuple[str, str]]:
+    """(project, id) of files that are to be deleted, in all projects."""
+    rows = await tx.fetch(f"SELECT project_id, id FROM files WHERE expires_at = 0 LIMIT {limit}")
     return [(project, file_id) for project, file_id in rows]
 
 
@@ -134,17 +152,28 @@ async def insert_loose_blob(tx: Transaction, loose: LooseBlob, now: int) -> None
     await tx.execute("INSERT INTO loose_blobs VALUES ($1, $2, $3)", *loose, now)
 
 
-async def is_loose(tx: Transaction, loose: LooseBlob) -> bool:
-    return bool(await tx.fetch("SELECT 1 FROM loose_blobs WHERE project_id = $1 AND blob = $2", *loose))
+async def take_loose_blob(tx: Transaction, loose: LooseBlob) -> bool:
+    """Let something own it; False when it is condemned, or gone."""
+    return (
+        await tx.execute("DELETE FROM loose_blobs WHERE project_id = $1 AND blob = $2 AND created_at > 0", *loose) > 0
+    )
 
 
-async def delete_loose_blob(tx: Transaction, loose: LooseBlob) -> bool:
-    return await tx.execute("DELETE FROM loose_blobs WHERE project_id = $1 AND blob = $2", *loose) > 0
+async def condemn_loose_blob(tx: Transaction, loose: LooseBlob) -> bool:
+    """Whether it still is loose; from then on nothing can own it."""
+    return await tx.execute("UPDATE loose_blobs SET created_at = 0 WHERE project_id = $1 AND blob = $2", *loose) > 0
+
+
+async def delete_loose_blob(tx: Transaction, loose: LooseBlob) -> None:
+    await tx.execute("DELETE FROM loose_blobs WHERE project_id = $1 AND blob = $2", *loose)
 
 
 async def list_loose_blobs(tx: Transaction, before: float, limit: int) -> list[LooseBlob]:
     """Those noted before that time, in all projects."""
-    rows = await tx.fetch(f"SELECT project_id, blob FROM loose_blobs WHERE created_at < $1 LIMIT {limit}", before)
+    rows = await tx.fetch(
+        f"SELECT project_id, blob FROM loose_blobs WHERE created_at < CAST($1 AS DOUBLE PRECISION) LIMIT {limit}",
+        before,
+    )
     return [LooseBlob(project, blob) for project, blob in rows]
 
 
@@ -196,3 +225,21 @@ async def forget_outputs(tx: Transaction, project: str, thread_id: str, names: S
             thread_id,
             name,
         )
+
+
+async def get_session_worker(tx: Transaction, project: str, thread_id: str) -> str | None:
+    """Which worker opened the thread's last session."""
+    rows = await tx.fetch(
+        "SELECT worker FROM sandbox_sessions WHERE project_id = $1 AND thread_id = $2", project, thread_id
+    )
+    return rows[0][0] if rows else None
+
+
+async def set_session_worker(tx: Transaction, project: str, thread_id: str, worker: str) -> None:
+    await tx.execute(
+        "INSERT INTO sandbox_sessions (project_id, thread_id, worker) VALUES ($1, $2, $3)"
+        " ON CONFLICT (project_id, thread_id) DO UPDATE SET worker = excluded.worker",
+        project,
+        thread_id,
+        worker,
+    )

@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 from afterglow.contracts import SqlValue, Transaction
 
+# For lists of jobs: what another process is just claiming is passed over, instead of waiting for it in vain.
+PASSING_OVER = "/* postgres: FOR UPDATE SKIP LOCKED */"
+# For what is to stay until the transaction ends: whoever changes or deletes it waits, others may hold it as well.
+HELD = "/* postgres: FOR SHARE */"
+
 
 class ListPage(NamedTuple):
     """objects: the wire's JSON texts in the order asked for; ids beside them; has_more: more follow that way."""

@@ -6,7 +6,7 @@ import msgspec
 
 from afterglow.contracts import SqlValue, Transaction
 from afterglow.objects import ACTIVE_RUNS, HELD_RUNS, Run, Usage
-from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.lists import PASSING_OVER, ListPage, list_page
 
 
 class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -95,6 +95,21 @@ async def get_held_run(tx: Transaction, project: str, run_id: str, attempt: int)
     return _row(rows[0]) if rows else None
 
 
+async def touch_held_run(tx: Transaction, project: str, run_id: str, attempt: int) -> bool:
+    """Whether `attempt` still is the one that may write to the run. It is written as it is: who claims or deletes it
+    does so before or after the caller's work."""
+    return (
+        await tx.execute(
+            "UPDATE runs SET attempt = attempt"
+            " WHERE project_id = $1 AND id = $2 AND attempt = $3 AND holds_thread = 1 AND worker IS NOT NULL",
+            project,
+            run_id,
+            attempt,
+        )
+        > 0
+    )
+
+
 async def list_runs(
     tx: Transaction, project: str, thread_id: str, *, limit: int, order: str, after: str | None, before: str | None
 ) -> ListPage:
@@ -150,7 +165,9 @@ async def update_run(tx: Transaction, row: RunRow) -> None:
 
 async def list_queued(tx: Transaction, limit: int) -> list[RunRow]:
     """Queued runs of all projects, oldest first."""
-    rows = await tx.fetch(f"SELECT {_COLUMNS} FROM runs WHERE status = 'queued' ORDER BY created_at, seq LIMIT {limit}")
+    rows = await tx.fetch(
+        f"SELECT {_COLUMNS} FROM runs WHERE status = 'queued' ORDER BY created_at, seq LIMIT {limit} {PASSING_OVER}"
+    )
     return [_row(row) for row in rows]
 
 
@@ -158,7 +175,7 @@ async def list_abandoned(tx: Transaction, now: float, limit: int) -> list[RunRow
     """Runs whose worker fell silent: in progress, or being cancelled, with no lease beyond `now`."""
     rows = await tx.fetch(
         f"SELECT {_COLUMNS} FROM runs WHERE status IN ('in_progress', 'cancelling') AND holds_thread = 1"
-        f" AND (lease_until IS NULL OR lease_until < $1) ORDER BY created_at, seq LIMIT {limit}",
+        f" AND (lease_until IS NULL OR lease_until < $1) ORDER BY created_at, seq LIMIT {limit} {PASSING_OVER}",
         now,
     )
     return [_row(row) for row in rows]
@@ -168,7 +185,9 @@ async def list_overdue(tx: Transaction, now: float, limit: int) -> list[RunRow]:
     """Active runs past their deadline that no living worker holds."""
     rows = await tx.fetch(
         f"SELECT {_COLUMNS} FROM runs WHERE status IN ('queued', 'in_progress', 'requires_action', 'cancelling')"
-        f" AND holds_thread = 1 AND deadline <= $1 AND (lease_until IS NULL OR lease_until < $1) LIMIT {limit}",
+        f" AND holds_thread = 1 AND deadline <= $1 AND (lease_until IS NULL OR lease_until < $2) LIMIT {limit}"
+        f" {PASSING_OVER}",
+        int(now),
         now,
     )
     return [_row(row) for row in rows]
@@ -198,6 +217,15 @@ async def renew_leases(tx: Transaction, worker: str, lease_until: float) -> set[
         lease_until,
     )
     return {row[0] for row in rows}
+
+
+async def list_cancelling(tx: Transaction, worker: str) -> list[str]:
+    """The ids of runs that `worker` holds and is to stop."""
+    rows = await tx.fetch(
+        "SELECT id FROM runs WHERE holds_thread = 1 AND status = 'cancelling' AND worker = $1",
+        worker,
+    )
+    return [run_id for (run_id,) in rows]
 
 
 async def release_leases(tx: Transaction, worker: str | None = None) -> int:

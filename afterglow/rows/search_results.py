@@ -9,6 +9,7 @@ import msgspec
 
 from afterglow.contracts import Transaction
 from afterglow.objects import Json, RunStep
+from afterglow.rows.lists import HELD
 
 
 class FoundBy(NamedTuple):
@@ -33,8 +34,8 @@ async def insert_results(tx: Transaction, project: str, found_by: FoundBy, resul
     for position, result in enumerate(results):
         await tx.execute(
             "INSERT INTO search_results (project_id, thread_id, run_id, step_id, call_id, position, file_id, marker,"
-            " object) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9"
-            " WHERE EXISTS (SELECT 1 FROM files WHERE project_id = $1 AND id = $7)",
+            " object) SELECT $1, $2, $3, $4, $5, $6, $7, $8, $9 FROM files"
+            f" WHERE project_id = $1 AND id = $7 AND (expires_at IS NULL OR expires_at > 0) {HELD}",
             project,
             *found_by,
             position,

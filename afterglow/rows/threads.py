@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,6 +23,7 @@ _OF_A_THREAD = (
     "DELETE FROM thread_metadata WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM file_uses WHERE project_id = $1 AND holder = 'threads' AND holder_id = $2",
     "DELETE FROM sandbox_files WHERE project_id = $1 AND thread_id = $2",
+    "DELETE FROM sandbox_sessions WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM search_results WHERE project_id = $1 AND thread_id = $2",
 )
 
@@ -107,6 +109,28 @@ async def take_seq(tx: Transaction, project: str, thread_id: str, count: int = 1
         count,
     )
     return rows[0][0] - count + 1 if rows else None
+
+
+class Place(NamedTuple):
+    """Where something new comes in a thread: after all that is there, by time and then by number."""
+
+    created_at: int
+    seq: int
+
+
+async def take_place(tx: Transaction, project: str, thread_id: str, now: int, count: int = 1) -> Place | None:
+    """As `take_seq`, for what is created at `now`: not before the newest that the thread has, which a machine whose
+    clock is ahead may have written."""
+    rows = await tx.fetch(
+        "UPDATE threads SET last_seq = last_seq + $3 WHERE project_id = $1 AND id = $2 RETURNING last_seq,"
+        " (SELECT MAX(created_at) FROM messages WHERE project_id = $1 AND thread_id = $2),"
+        " (SELECT MAX(created_at) FROM runs WHERE project_id = $1 AND thread_id = $2),"
+        " (SELECT MAX(created_at) FROM steps WHERE project_id = $1 AND thread_id = $2 AND type = 'tool_calls')",
+        project,
+        thread_id,
+        count,
+    )
+    return Place(max(now, *(at or 0 for at in rows[0][1:])), rows[0][0] - count + 1) if rows else None
 
 
 async def get_last_seq(tx: Transaction, project: str, thread_id: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import msgspec
@@ -57,12 +58,15 @@ async def update_upload(tx: Transaction, project: str, upload: Upload) -> None:
 async def list_overdue(tx: Transaction, before: float, limit: int) -> list[tuple[str, Upload]]:
     """(project, upload) of those that wait for parts and expired before that time, in all projects."""
     rows = await tx.fetch(
-        f"SELECT project_id, object FROM uploads WHERE status = 'pending' AND expires_at < $1 LIMIT {limit}", before
+        f"SELECT project_id, object FROM uploads WHERE status = 'pending' AND expires_at < $1 LIMIT {limit}",
+        math.ceil(before),
     )
     return [(project, msgspec.json.decode(text, type=Upload)) for project, text in rows]
 
 
 async def insert_part(tx: Transaction, project: str, upload_id: str, part: Part) -> None:
+    """The upload is written as well, so that it is not closed, and gets no other part, at the same time."""
+    await tx.execute("UPDATE uploads SET status = status WHERE project_id = $1 AND id = $2", project, upload_id)
     await tx.execute("INSERT INTO upload_parts VALUES ($1, $2, $3, $4, $5)", project, upload_id, *part)
 
 

@@ -17,7 +17,7 @@ import msgspec
 from afterglow.contracts import SqlRow, SqlValue, Transaction
 from afterglow.ingest.states import batch_status
 from afterglow.objects import FileCounts, FileStatus, VectorStoreFile, VectorStoreFileBatch
-from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.lists import PASSING_OVER, ListPage, list_page
 
 STATUSES: tuple[FileStatus, ...] = get_args(FileStatus)
 
@@ -242,7 +242,7 @@ async def claim_jobs(tx: Transaction, worker: str, now: float, lease_until: floa
         " WHERE status = 'in_progress' AND not_before <= $1 AND (lease_until IS NULL OR lease_until < $1)"
         " AND NOT EXISTS (SELECT 1 FROM index_chores c"
         " WHERE c.project_id = f.project_id AND c.store_id = f.store_id AND c.file_id = '')"
-        f" ORDER BY turn, seq LIMIT {limit}",
+        f" ORDER BY turn, seq LIMIT {limit} {PASSING_OVER}",
         now,
     )
     jobs = [job._replace(tries=job.tries + 1, attempt=job.attempt + 1) for job in map(_job, rows)]

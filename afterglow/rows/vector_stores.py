@@ -18,7 +18,7 @@ from afterglow.objects import FileCounts, VectorStore
 from afterglow.rows.lists import ListPage, list_page
 
 DAY_S = 24 * 3600
-_COLUMNS = "object, last_active_at, expires_at, usage_bytes, in_progress, completed, failed, cancelled"
+_COLUMNS = "object, last_active_at, expires_at, usage_bytes, in_progress, completed, failed, cancelled, swept"
 
 
 async def get_store(tx: Transaction, project: str, store_id: str, now: float) -> VectorStore | None:
@@ -30,7 +30,8 @@ def _store(row: SqlRow, now: float) -> VectorStore:
     store = msgspec.json.decode(row[0], type=VectorStore)
     store.last_active_at, store.expires_at, store.usage_bytes = row[1:4]
     store.file_counts = FileCounts(row[4], row[5], row[6], row[7], sum(row[4:8]))
-    store.status = store_status(store.file_counts, store.expires_at, now)
+    # What was swept has expired, whatever the clock of this machine says.
+    store.status = "expired" if row[8] else store_status(store.file_counts, store.expires_at, now)
     return store
 
 
@@ -78,6 +79,11 @@ async def update_store(tx: Transaction, project: str, store: VectorStore) -> Non
     )
 
 
+async def touch_store(tx: Transaction, project: str, store_id: str) -> None:
+    """Write it as it is: others that do so, and whatever changes its files, come before or after the caller's work."""
+    await tx.execute("UPDATE vector_stores SET swept = swept WHERE project_id = $1 AND id = $2", project, store_id)
+
+
 async def delete_store(tx: Transaction, project: str, store_id: str) -> bool:
     """Delete the row with its files and batches; what the index holds is a chore."""
     if not await tx.execute("DELETE FROM vector_stores WHERE project_id = $1 AND id = $2", project, store_id):
@@ -90,7 +96,7 @@ async def delete_store(tx: Transaction, project: str, store_id: str) -> bool:
 async def list_overdue(tx: Transaction, now: float, limit: int) -> list[tuple[str, str]]:
     """(project, id) of stores that have expired and that the index still has, in all projects."""
     rows = await tx.fetch(
-        f"SELECT project_id, id FROM vector_stores WHERE expires_at <= $1 AND swept = 0 LIMIT {limit}", now
+        f"SELECT project_id, id FROM vector_stores WHERE expires_at <= $1 AND swept = 0 LIMIT {limit}", int(now)
     )
     return [(project, store_id) for project, store_id in rows]
 
@@ -99,7 +105,7 @@ async def list_all(tx: Transaction, now: float) -> list[tuple[str, str]]:
     """(project, id) of the stores of all projects that have not expired."""
     rows = await tx.fetch(
         "SELECT project_id, id FROM vector_stores WHERE expires_at IS NULL OR expires_at > $1 ORDER BY project_id, id",
-        now,
+        int(now),
     )
     return [(project, store_id) for project, store_id in rows]
 

@@ -16,13 +16,13 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 from afterglow.contracts import SqlRow, SqlValue, Work
 from afterglow.errors import ConfigError, StoreError, StoreFull, StoreUnavailable
 from afterglow.objects import learn_structs
+from afterglow.store.migrations import check_not_newer, migrations
 
 T = TypeVar("T")
 MINIMUM_VERSION = (3, 35, 0)  # RETURNING
@@ -98,7 +98,7 @@ class SqliteStore:
         result: T = await job.done
         return result
 
-    async def write(self, work: Work[T]) -> T:
+    async def write(self, work: Work[T], *, rowwise: bool = False) -> T:
         job = self._job(work)
         self._writes.put(job)
         result: T = await job.done
@@ -152,9 +152,10 @@ class SqliteStore:
     def _commit_group(self, connection: sqlite3.Connection, group: list[_Job]) -> bool:
         """Run the first job and whatever else is waiting in one transaction; return whether the end was asked."""
         stop = False
+        before = connection.total_changes
         try:
             connection.execute("BEGIN IMMEDIATE")
-            self._run_in_savepoint(connection, group[0])
+            self._run_in_savepoint(connection, group[0], before)
             while len(group) < GROUP_SIZE:
                 try:
                     job = self._writes.get_nowait()
@@ -164,7 +165,7 @@ class SqliteStore:
                     stop = True
                     break
                 group.append(job)
-                self._run_in_savepoint(connection, job)
+                self._run_in_savepoint(connection, job, before)
             connection.execute("COMMIT")
         except (sqlite3.Error, StoreError) as error:
             failure = error if isinstance(error, StoreError) else _translated(error, self._path)
@@ -174,7 +175,11 @@ class SqliteStore:
                 job.error = job.error or failure
         return stop
 
-    def _run_in_savepoint(self, connection: sqlite3.Connection, job: _Job) -> None:
+    def _run_in_savepoint(self, connection: sqlite3.Connection, job: _Job, before: int) -> None:
+        """before: how many changes there were when the group began."""
+        # What others of the group have written cannot be read before the commit, and whoever acts on a result that
+        # rests on it would read it: a run was claimed, and its prompt lacked the outputs that it was queued with.
+        readable = connection.total_changes == before
         connection.execute("SAVEPOINT job")
         try:
             job.result = _drive(job.work, _SqliteTransaction(connection))
@@ -187,7 +192,7 @@ class SqliteStore:
                 raise job.error if isinstance(job.error, StoreError) else StoreUnavailable(str(job.error))
             connection.execute("ROLLBACK TO job")
         connection.execute("RELEASE job")
-        if job.early is not None:
+        if job.early is not None and readable:
             self._call(_settle, job.early, job.result, job.error)
 
     # The readers' threads.
@@ -314,19 +319,15 @@ def migrate(connection: sqlite3.Connection) -> None:
 
     Raises ConfigError when the schema is newer than this release.
     """
-    scripts = _migrations()
+    scripts = migrations()
     connection.execute("BEGIN IMMEDIATE")
     try:
         connection.execute(
             "CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY, applied_at BIGINT NOT NULL)"
         )
         current = connection.execute("SELECT COALESCE(MAX(version), 0) FROM migrations").fetchone()[0]
-        newest = max(scripts)
-        if current > newest:
-            raise ConfigError(
-                f"The data folder was written by a newer Afterglow (schema {current}; this one knows {newest})."
-            )
-        for version in range(current + 1, newest + 1):
+        check_not_newer(current, "data folder")
+        for version in range(current + 1, max(scripts) + 1):
             for statement in _statements(scripts[version]):
                 connection.execute(statement)
             connection.execute("INSERT INTO migrations VALUES (?, ?)", (version, int(time.time())))
@@ -334,11 +335,6 @@ def migrate(connection: sqlite3.Connection) -> None:
     except BaseException:
         _roll_back(connection)
         raise
-
-
-def _migrations() -> dict[int, str]:
-    folder = resources.files("afterglow.store") / "sql"
-    return {int(file.name[:4]): file.read_text() for file in folder.iterdir() if file.name.endswith(".sql")}
 
 
 def _statements(script: str) -> list[str]:
