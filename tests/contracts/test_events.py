@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from afterglow.contracts import START, Events, Position, Segment, Stop, Store, Transaction
 from afterglow.errors import StoreFull
 from afterglow.events.local import LocalEvents
+from afterglow.events.postgres import PostgresEvents
 from afterglow.objects import Run, Usage
 from afterglow.rows.events import insert_segment, list_segments
 from afterglow.rows.runs import RunAsked, RunRow, insert_run
+from afterglow.store.notify import Notifier
+from afterglow.store.postgres import PostgresStore
 from afterglow.store.sqlite import SqliteStore
 from afterglow.testing import SetClock
 
@@ -29,17 +32,18 @@ _numbers = count(1)
 
 
 class FillableStore:
-    """A store whose disk can be full. Reads go on."""
+    """A store whose disk can be full. Reads go on. url: of its database, where it has one."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, url: str = "") -> None:
         self._store = store
+        self.url = url
         self.full = False
         self._refused = asyncio.Semaphore(0)
         self.read = store.read
         self.write_early = store.write_early
         self.close = store.close
 
-    async def write(self, work):  # type: ignore[no-untyped-def]
+    async def write(self, work, *, rowwise=False):  # type: ignore[no-untyped-def]
         if self.full:
             self._refused.release()
             raise StoreFull("no space left")
@@ -63,21 +67,99 @@ async def local_events(
         await events.close()
 
 
-# A new kind of events is another entry here.
-KINDS = {"local": local_events}
+@asynccontextmanager
+async def postgres_events(
+    store: FillableStore, *, flush_ms: int = 1, keep_alive_s: float = 60.0
+) -> AsyncGenerator[PostgresEvents, None]:
+    notifier = Notifier(store.url)
+    events = PostgresEvents(
+        store, SetClock(), notifier, gone=b"event: gone\n\n", flush_ms=flush_ms, keep_alive_s=keep_alive_s
+    )
+    notifier.start()
+    events.start()
+    try:
+        yield events
+    finally:
+        await events.close()
+        await notifier.close()
+
+
+class Apart:
+    """Two processes as one: what happens is said in the one, and followed in the other."""
+
+    def __init__(self, said: Events, followed: Events) -> None:
+        self._both = (said, followed)
+        self.announce = said.announce
+        self.keep = said.keep
+        self.take_unwritten = said.take_unwritten
+        self.forget = said.forget
+        self.follow = followed.follow
+
+    async def close(self) -> None:
+        for events in self._both:
+            await events.close()
+
+
+@asynccontextmanager
+async def events_apart(
+    store: FillableStore, *, flush_ms: int = 1, keep_alive_s: float = 60.0
+) -> AsyncGenerator[Apart, None]:
+    async with (
+        postgres_events(store, flush_ms=flush_ms) as said,
+        postgres_events(store, keep_alive_s=keep_alive_s) as followed,
+    ):
+        yield Apart(said, followed)
+
+
+@asynccontextmanager
+async def sqlite_store(url: str) -> AsyncGenerator[FillableStore, None]:
+    with TemporaryDirectory() as folder:
+        opened = SqliteStore(Path(folder) / "afterglow.db", readers=1)
+        yield FillableStore(opened)
+        await opened.close()
+
+
+@asynccontextmanager
+async def postgres_store(url: str) -> AsyncGenerator[FillableStore, None]:
+    opened = await PostgresStore.open(url, connections=4, pooled=False)
+    yield FillableStore(opened, url)
+    await opened.close()
+
+
+# A new kind of events is another entry here, with the store it needs.
+KINDS = {
+    "local": (local_events, sqlite_store),
+    "postgres": (postgres_events, postgres_store),
+    "apart": (events_apart, postgres_store),
+}
+IN_ONE_PROCESS = pytest.mark.parametrize("kind", ["local", "postgres"])
 
 
 @pytest.fixture(params=KINDS)
-def open_events(request: pytest.FixtureRequest):
-    """Opens events over a store, as a process does when it starts."""
-    return KINDS[request.param]
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncGenerator[FillableStore, None]:
-    opened = SqliteStore(tmp_path / "afterglow.db", readers=1)
-    yield FillableStore(opened)
-    await opened.close()
+def open_events(kind: str):
+    """Opens events over a store, as a process does when it starts."""
+    return KINDS[kind][0]
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, kind: str) -> str:
+    return url_for(request, kind)
+
+
+def url_for(request: pytest.FixtureRequest, kind: str) -> str:
+    """The database of a kind that needs one; the others start no server."""
+    return "" if kind == "local" else str(request.getfixturevalue("database_url"))
+
+
+@pytest.fixture
+async def store(kind: str, url: str) -> AsyncGenerator[FillableStore, None]:
+    async with KINDS[kind][1](url) as opened:
+        yield opened
 
 
 @pytest.fixture
@@ -184,6 +266,7 @@ async def test_live_and_replay_are_the_same_bytes(writer: Writer, events: Events
     assert await writer.stored() == expected
 
 
+@IN_ONE_PROCESS
 async def test_text_is_followed_before_it_is_stored(store: FillableStore, open_events):
     """What comes from the model reaches followers at once, though the database gets it later."""
     async with open_events(store, flush_ms=60_000) as events:
@@ -379,6 +462,7 @@ async def test_no_batch_is_without_bytes(writer: Writer, events: Events):
         assert all(segment.data for segment in await waiting)
 
 
+@IN_ONE_PROCESS
 async def test_closing_writes_the_rest_and_ends_every_stream(store: Store, open_events):
     """After `close` all followers have ended, whatever they waited for, and all text is stored."""
     async with open_events(store, flush_ms=60_000) as events:
@@ -399,9 +483,10 @@ async def test_closing_writes_the_rest_and_ends_every_stream(store: Store, open_
         assert [batch async for batch in events.follow(PROJECT, "run_none", START)] == []
 
 
-async def test_memory_is_given_back(store: Store):
+@pytest.mark.parametrize("kind", ["local"])
+async def test_memory_is_given_back(store: Store, open_events):
     """A run that has stopped is kept in memory only while somebody follows it."""
-    async with local_events(store) as events:
+    async with open_events(store) as events:
         writer = await Writer(store, events).start()
         live = following(events, writer.run_id)
         await writer.commits(2)
@@ -416,7 +501,7 @@ async def test_memory_is_given_back(store: Store):
         await writer.commits(1)
         await writer.commits(1, "end")
         assert events._feeds == {}
-        assert events._unwritten == {}
+        assert not events._unwritten
 
 
 async def test_a_follower_that_leaves_disturbs_nobody(writer: Writer, events: Events):
@@ -458,7 +543,7 @@ class Scene:
 
     def __init__(self, store: Store, kind: str) -> None:
         self.store = store
-        self.open = KINDS[kind]
+        self.open = KINDS[kind][0]
         self.followers: list[tuple[Position, asyncio.Task[bytes]]] = []
 
     async def play(self, acts: list[object]) -> None:
@@ -512,20 +597,37 @@ class Scene:
         assert await writer.stored() == writer.bytes_after(START)
 
 
+class Stage(NamedTuple):
+    """A loop and a database for many scenes, and the kind of events they are about."""
+
+    runner: asyncio.Runner
+    store: Store
+    kind: str
+
+    def play(self, acts: list[object]) -> None:
+        self.runner.run(Scene(self.store, self.kind).play(acts))
+
+
 @pytest.fixture(scope="module")
-def stage() -> Iterator[tuple[asyncio.Runner, Store]]:
-    """A loop and a database for many scenes."""
-    with TemporaryDirectory() as folder, asyncio.Runner() as runner:
-        store = SqliteStore(Path(folder) / "afterglow.db", readers=2)
-        yield runner, store
-        runner.run(store.close())
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    with asyncio.Runner() as runner:
+        opening = KINDS[request.param][1](url_for(request, request.param))
+        yield Stage(runner, runner.run(opening.__aenter__()), request.param)
+        runner.run(opening.__aexit__(None, None, None))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["local"], indirect=True)
 @given(acts=st.lists(ACTS, max_size=25))
 @settings(max_examples=150, deadline=None)
-def test_everyone_gets_the_same_bytes_once_and_in_order(stage, kind: str, acts: list[object]):
+def test_everyone_gets_the_same_bytes_once_and_in_order(stage: Stage, acts: list[object]):
     """However saying, writing, following and restarting are mixed, every follower gets all that comes after its
     place, and replay gives it again."""
-    runner, store = stage
-    runner.run(Scene(store, kind).play(acts))
+    stage.play(acts)
+
+
+@pytest.mark.parametrize("stage", ["postgres", "apart"], indirect=True)
+@given(acts=st.lists(ACTS, max_size=25))
+@settings(max_examples=15, deadline=None)
+def test_so_it_is_with_postgres(stage: Stage, acts: list[object]):
+    """The same, with every statement on its way through a socket."""
+    stage.play(acts)
