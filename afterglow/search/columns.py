@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from weakref import WeakValueDictionary
 
+from afterglow.search.pieces import FILE_BITS
 from afterglow.search.ranking import Term
-from afterglow.search.stored import FILE_BITS, Store, file_numbers, frequency, read_lengths, read_vectors
+from afterglow.search.stored import Store, file_numbers, frequency, read_lengths, read_vectors
 
 if TYPE_CHECKING:
     import numpy as np

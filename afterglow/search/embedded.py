@@ -12,14 +12,13 @@ import contextlib
 import logging
 import re
 import sqlite3
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 from afterglow.contracts import Chunk, Hit, Weights
@@ -27,12 +26,10 @@ from afterglow.errors import DimensionMismatch, StoreError, StoreUnavailable
 from afterglow.objects import AttributeValue, Filter
 from afterglow.search import ranking, stored
 from afterglow.search.columns import Columns
+from afterglow.search.pieces import FILE_BITS, checked_text
 from afterglow.search.pool import Pool
-from afterglow.search.stored import FILE_BITS, Store
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from afterglow.search.stored import Store
+from afterglow.search.tokens import Tokenizer
 
 log = logging.getLogger("afterglow.search")
 
@@ -79,8 +76,7 @@ class EmbeddedIndex:
         self._writers = ThreadPoolExecutor(WRITERS, "search-writer")
         self._locks: WeakValueDictionary[Path, asyncio.Lock] = WeakValueDictionary()
         self._scrubs: dict[Path, asyncio.Task[None]] = {}
-        self._tokenizer = stored.open_tokenizer()
-        self._tokenizing = threading.Lock()
+        self._tokenizer = Tokenizer()
         self._closed = False
 
     # Writing.
@@ -96,7 +92,7 @@ class EmbeddedIndex:
         text: str | None = None,
     ) -> int:
         def work(connection: sqlite3.Connection) -> int:
-            whole = _checked_text(chunks, embeddings, text)
+            whole = checked_text(chunks, embeddings, text)
             store = stored.read_store(connection, project, store_id)
             if store is None:
                 store = _create(connection, project, store_id)
@@ -230,6 +226,9 @@ class EmbeddedIndex:
 
         return await self._read(project, store_id, work) or ""
 
+    async def read_file(self, project: str, store_id: str, file_id: str) -> stored.FileContent | None:
+        return await self._read(project, store_id, partial(stored.read_file, file_id=file_id))
+
     async def usage_bytes(self, project: str, store_id: str) -> int:
         return await self._read(project, store_id, stored.usage_bytes) or 0
 
@@ -296,8 +295,7 @@ class EmbeddedIndex:
 
     def _terms(self, query: str) -> Counter[ranking.Term]:
         pieces = ranking.asked(query)
-        with self._tokenizing:
-            return ranking.terms(pieces, stored.tokenize(self._tokenizer, list(pieces)))
+        return ranking.terms(pieces, self._tokenizer.split(list(pieces)))
 
     def _weigh(self, question: _Question) -> tuple[ranking.Asked, float]:
         """What the query's terms are worth, and the average length of a chunk."""
@@ -326,7 +324,7 @@ class EmbeddedIndex:
             chunks, times = stored.places(store.connection, term)
             at = np.searchsorted(numbers, chunks)
             scores[at] += ranking.bm25(weight, times, lengths[at], average)
-        return _best(numbers, scores, files)
+        return ranking.best(numbers, scores, files)
 
     def _best_by_vector(self, store: _Opened, question: _Question, files: list[int] | None) -> list[tuple[int, float]]:
         import numpy as np
@@ -338,7 +336,7 @@ class EmbeddedIndex:
             raise DimensionMismatch(store.row.id, dimensions, len(question.embedding))
         vector = np.array(question.embedding, dtype=np.float32)
         vector /= float(np.linalg.norm(vector)) or 1.0
-        return _best(*self._columns.similarities(*store, vector), files)
+        return ranking.best(*self._columns.similarities(*store, vector), files)
 
     def _hits(self, project: str, ranked: list[ranking.Ranked[Place]]) -> list[Hit]:
         """Those of them that are still there, with their text."""
@@ -351,7 +349,7 @@ class EmbeddedIndex:
                 for number in [one.key[1] for one in ranked if one.key[0] == store_id]:
                     if file_id := file_id_of(number >> FILE_BITS):
                         found[store_id, number] = file_id, stored.read_chunks(store.connection, number, 1)[0]
-        return [_hit(one, *found[one.key]) for one in ranked if one.key in found]
+        return [ranking.hit(one, one.key[0], *found[one.key]) for one in ranked if one.key in found]
 
     # Threads and places.
 
@@ -392,55 +390,3 @@ def _create(connection: sqlite3.Connection, project: str, store_id: str) -> Stor
         if "already exists" not in str(error):
             raise
         raise StoreUnavailable(f"the file of the vector store {store_id} is another's") from None
-
-
-def _checked_text(chunks: Sequence[Chunk], embeddings: Sequence[bytes] | None, text: str | None) -> str:
-    """The file's text, put together if need be. Raises ValueError when chunks, text and embeddings do not agree."""
-    if embeddings is not None and len(embeddings) != len(chunks):
-        raise ValueError(f"{len(chunks)} chunks and {len(embeddings)} embeddings")
-    whole = _put_together(chunks) if text is None else text
-    last = 0
-    for index, chunk in enumerate(chunks):
-        if chunk.index != index or chunk.start < last or whole[chunk.start : chunk.end] != chunk.text:
-            raise ValueError(f"chunk {index} is out of order, or does not stand where it says")
-        last = chunk.start
-    return whole
-
-
-def _put_together(chunks: Sequence[Chunk]) -> str:
-    parts: list[str] = []
-    end = 0
-    for chunk in chunks:
-        parts.append(" " * (chunk.start - end))
-        parts.append(chunk.text[max(end - chunk.start, 0) :])
-        end = max(end, chunk.end)
-    return "".join(parts)
-
-
-def _best(
-    numbers: NDArray[np.int64], scores: NDArray[np.floating[Any]], files: list[int] | None
-) -> list[tuple[int, float]]:
-    """The best chunks of these files that score above 0, as many as are ranked; of equals those that came first."""
-    import numpy as np
-
-    if files is not None:
-        scores = np.where(np.isin(numbers >> FILE_BITS, np.array(files, dtype=np.int64)), scores, 0)
-    at = np.flatnonzero(scores > 0)
-    if len(at) > ranking.DEPTH:
-        found = scores[at]
-        at = at[found >= np.partition(found, -ranking.DEPTH)[-ranking.DEPTH]]
-    at = at[np.argsort(-scores[at], kind="stable")][: ranking.DEPTH]
-    return list(zip(numbers[at].tolist(), scores[at].tolist(), strict=True))
-
-
-def _hit(ranked: ranking.Ranked[Place], file_id: str, chunk: Chunk) -> Hit:
-    return Hit(
-        store_id=ranked.key[0],
-        file_id=file_id,
-        chunk=chunk,
-        score=ranked.score,
-        lexical_rank=ranked.lexical_rank,
-        vector_rank=ranked.vector_rank,
-        lexical_score=ranked.lexical_score,
-        similarity=ranked.similarity,
-    )

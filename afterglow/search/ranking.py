@@ -40,9 +40,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from afterglow.contracts import Weights
+from afterglow.contracts import Chunk, Hit, Weights
+from afterglow.search.pieces import FILE_BITS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # What `searchable` writes is part of every index; a change here, or of Unicode, means that words are indexed anew.
 FORMAT = f"1 {unicodedata.unidata_version}"
@@ -228,6 +233,22 @@ def pack_vector(values: Sequence[float]) -> bytes:
     return struct.pack(f"<{len(values)}e", *(value / (length or 1.0) for value in values))
 
 
+def best(
+    numbers: NDArray[np.int64], scores: NDArray[np.floating[Any]], files: list[int] | None
+) -> list[tuple[int, float]]:
+    """The best chunks of these files that score above 0, as many as are ranked; of equals those that came first."""
+    import numpy as np
+
+    if files is not None:
+        scores = np.where(np.isin(numbers >> FILE_BITS, np.array(files, dtype=np.int64)), scores, 0)
+    at = np.flatnonzero(scores > 0)
+    if len(at) > DEPTH:
+        found = scores[at]
+        at = at[found >= np.partition(found, -DEPTH)[-DEPTH]]
+    at = at[np.argsort(-scores[at], kind="stable")][:DEPTH]
+    return list(zip(numbers[at].tolist(), scores[at].tolist(), strict=True))
+
+
 # --- fusion ----------------------------------------------------------------------------------------------------
 
 
@@ -274,3 +295,16 @@ def _ranks(scores: Mapping[Key, float]) -> dict[Key, int]:
 
 def _share(rank: int) -> float:
     return (RANK_OFFSET + 1) / (RANK_OFFSET + rank)
+
+
+def hit(ranked: Ranked[Any], store_id: str, file_id: str, chunk: Chunk) -> Hit:
+    return Hit(
+        store_id=store_id,
+        file_id=file_id,
+        chunk=chunk,
+        score=ranked.score,
+        lexical_rank=ranked.lexical_rank,
+        vector_rank=ranked.vector_rank,
+        lexical_score=ranked.lexical_score,
+        similarity=ranked.similarity,
+    )

@@ -1,11 +1,9 @@
 """What a vector store's file holds, and every statement that is run on it. One connection, one thread; no decisions
 about ranking, which are `ranking.py`'s.
 
-A chunk's number says where it is from: the number of its file, which is never used again, then its index. The text
-of a file is kept once, cut where its chunks begin; a chunk is put together from the piece that begins with it and as
-many of the next as it reaches into. FTS5 holds no text, only where the words are: BM25 is computed from that, because
-FTS5's own knows one table only and takes ten times as long. What numpy needs of many chunks at once (their lengths,
-their vectors) lies together in blocks.
+Chunks are numbered, and text is cut, as `pieces.py` says. FTS5 holds no text, only where the words are: BM25 is
+computed from that, because FTS5's own knows one table only and takes ten times as long. What numpy needs of many
+chunks at once (their lengths, their vectors) lies together in blocks.
 """
 
 from __future__ import annotations
@@ -13,26 +11,25 @@ from __future__ import annotations
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from afterglow.contracts import Chunk
-from afterglow.errors import DimensionMismatch
 from afterglow.objects import AttributeValue, Filter
 from afterglow.search import ranking
 from afterglow.search.filters import matches
+from afterglow.search.pieces import FILE_BITS, checked_dimensions, chunks_of, cut, usage_of
 from afterglow.search.pool import BUSY_TIMEOUT_MS
 from afterglow.search.ranking import Term
+from afterglow.search.tokens import FTS5
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-TOKENIZER = "tokenize=\"porter unicode61 remove_diacritics 2 categories 'L* N* Co Mn Mc'\""
 WORDS = (
-    f"CREATE VIRTUAL TABLE words USING fts5(text, content='', columnsize=0, {TOKENIZER})",
+    f"CREATE VIRTUAL TABLE words USING fts5(text, content='', columnsize=0, {FTS5})",
     "CREATE VIRTUAL TABLE frequencies USING fts5vocab(words, row)",
     "CREATE VIRTUAL TABLE places USING fts5vocab(words, instance)",
 )
@@ -66,10 +63,12 @@ SCHEMA = (
     )""",
     *WORDS,
 )
-FILE_BITS = 24
 SCRUB_WAIT_MS = 500
 BLOCK = 1024
 BATCH = 256
+
+
+FileContent = tuple[dict[str, AttributeValue], list[Chunk], list[bytes] | None, str]  # as `put_file` takes it
 
 
 class Store(NamedTuple):
@@ -120,17 +119,16 @@ def insert_file(
     text: str,
 ) -> int:
     """Write a file that is not there and return its size. `text` holds every chunk where it says it stands."""
-    usage_bytes = len(text.encode()) + sum(map(len, embeddings or ()))
+    usage_bytes = usage_of(text, embeddings)
     row = (file_id, msgspec.json.encode(attributes), usage_bytes)
     number = connection.execute("INSERT INTO files (id, attributes, usage_bytes) VALUES (?, ?, ?)", row).lastrowid
     assert number is not None
     first = number << FILE_BITS
-    starts = [0, *(chunk.start for chunk in chunks[1:]), len(text)]
     connection.executemany(
         "INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)",
         (
-            (first | chunk.index, chunk.start, chunk.end, chunk.page, chunk.tokens, text[start:end])
-            for chunk, (start, end) in zip(chunks, pairwise(starts), strict=False)
+            (first | chunk.index, chunk.start, chunk.end, chunk.page, chunk.tokens, piece)
+            for chunk, piece in zip(chunks, cut(chunks, text), strict=True)
         ),
     )
     for at in range(0, len(chunks), BLOCK):
@@ -153,14 +151,8 @@ def _int32(values: list[int]) -> bytes:
 
 def check_dimensions(connection: sqlite3.Connection, store_id: str, embeddings: Sequence[bytes] | None) -> None:
     """Raise DimensionMismatch when these have not the length of the store's; remember it when they are the first."""
-    if not embeddings:
-        return
     (kept,) = connection.execute("SELECT dimensions FROM store").fetchone()
-    expected = int(kept or len(embeddings[0]) // 2)
-    for vector in embeddings:
-        if len(vector) != expected * 2:
-            raise DimensionMismatch(store_id, expected, len(vector) // 2)
-    connection.execute("UPDATE store SET dimensions = ?", (expected,))
+    connection.execute("UPDATE store SET dimensions = ?", (checked_dimensions(store_id, embeddings, kept),))
 
 
 def delete_file(connection: sqlite3.Connection, file_id: str) -> bool:
@@ -264,18 +256,7 @@ def read_chunks(connection: sqlite3.Connection, number: int, limit: int) -> list
             break
         pieces.append(row[5])
     rows.close()
-    if not found:
-        return []
-    text = "".join(pieces)
-    base = 0 if _index(found[0][0]) == 0 else found[0][1]
-    return [
-        Chunk(_index(number), text[start - base : end - base], start, end, page, tokens)
-        for number, start, end, page, tokens, _ in found
-    ]
-
-
-def _index(number: int) -> int:
-    return number & (1 << FILE_BITS) - 1
+    return chunks_of([row[:5] for row in found], "".join(pieces))
 
 
 def _batches(connection: sqlite3.Connection, file: int) -> Iterator[list[tuple[int, Chunk]]]:
@@ -292,26 +273,30 @@ def read_text(connection: sqlite3.Connection, file: int) -> str:
     return "".join(piece for (piece,) in rows)
 
 
+def read_file(connection: sqlite3.Connection, file_id: str) -> FileContent | None:
+    """All of a file, as it was given."""
+    row = connection.execute("SELECT number, attributes FROM files WHERE id = ?", (file_id,)).fetchone()
+    if row is None:
+        return None
+    number, attributes = row
+    chunks = read_chunks(connection, number << FILE_BITS, 1 << FILE_BITS)
+    decoded = msgspec.json.decode(attributes, type=dict[str, AttributeValue])
+    return decoded, chunks, _read_packed_vectors(connection, number), read_text(connection, number)
+
+
+def _read_packed_vectors(connection: sqlite3.Connection, file: int) -> list[bytes] | None:
+    between = (file << FILE_BITS, file + 1 << FILE_BITS)
+    rows = connection.execute(
+        "SELECT vectors FROM blocks WHERE number >= ? AND number < ? AND vectors IS NOT NULL ORDER BY number", between
+    )
+    packed = b"".join(vectors for (vectors,) in rows)
+    if not packed:
+        return None
+    size = 2 * connection.execute("SELECT dimensions FROM store").fetchone()[0]
+    return [packed[at : at + size] for at in range(0, len(packed), size)]
+
+
 # --- words -----------------------------------------------------------------------------------------------------
-
-
-def open_tokenizer() -> sqlite3.Connection:
-    """A database in memory that splits words as those of the stores do."""
-    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    connection.execute(f"CREATE VIRTUAL TABLE asked USING fts5(text, content='', {TOKENIZER})")
-    connection.execute("CREATE VIRTUAL TABLE tokens USING fts5vocab(asked, instance)")
-    return connection
-
-
-def tokenize(tokenizer: sqlite3.Connection, pieces: Sequence[str]) -> dict[str, list[str]]:
-    """The tokens of each piece, in order."""
-    tokenizer.execute("BEGIN")
-    tokenizer.executemany("INSERT INTO asked (rowid, text) VALUES (?, ?)", enumerate(pieces))
-    tokens: dict[str, list[str]] = {}
-    for place, token in tokenizer.execute("SELECT doc, term FROM tokens ORDER BY doc, offset"):
-        tokens.setdefault(pieces[place], []).append(token)
-    tokenizer.execute("ROLLBACK")
-    return tokens
 
 
 def frequency(connection: sqlite3.Connection, term: Term) -> int:

@@ -1,4 +1,7 @@
-"""What `contracts.SearchIndex` promises, kept by every index; then what the embedded one alone must survive."""
+"""What `contracts.SearchIndex` promises, kept by every index; then what the embedded one alone must survive.
+
+What the one in Postgres must survive is in `test_search_postgres.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, suppress
+from contextlib import AbstractAsyncContextManager, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +23,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from afterglow.contracts import Chunk, Hit, SearchIndex, Weights
+from afterglow.contracts import Chunk, SearchIndex, Weights
 from afterglow.errors import DimensionMismatch, StoreUnavailable
 from afterglow.objects import And, Eq, Gt, Ne
 from afterglow.search import embedded, ranking
 from afterglow.search.embedded import EmbeddedIndex
 from afterglow.search.pool import Pool
-from afterglow.search.ranking import pack_vector
 from afterglow.search.stored import read_lengths
+from tests.contracts.indexes import P, S, cut, embedded_index, emptied_database, find, postgres_index, put, texts
 
 OpenIndex = Callable[[], AbstractAsyncContextManager[SearchIndex]]
-P, S = "default", "vs_one"
-
-
-@asynccontextmanager
-async def embedded_index(folder: Path, **options: Any) -> AsyncGenerator[EmbeddedIndex, None]:
-    index = EmbeddedIndex(folder, **options)
-    try:
-        yield index
-    finally:
-        await index.close()
 
 
 @pytest.fixture
@@ -47,10 +40,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "search"
 
 
-@pytest.fixture(params=["embedded"])
-def open_index(request: pytest.FixtureRequest, folder: Path) -> OpenIndex:
+@pytest.fixture(params=["embedded", "postgres"])
+async def open_index(request: pytest.FixtureRequest, folder: Path) -> AsyncGenerator[OpenIndex, None]:
     """Opens the same index each time it is called. A new kind of index is another `params`."""
-    return {"embedded": lambda: embedded_index(folder)}[request.param]
+    if request.param == "embedded":
+        yield lambda: embedded_index(folder)
+    else:
+        async with emptied_database() as url:
+            yield lambda: postgres_index(url)
 
 
 @pytest.fixture
@@ -59,34 +56,10 @@ async def index(open_index: OpenIndex) -> AsyncGenerator[SearchIndex, None]:
         yield opened
 
 
-def cut(text: str) -> list[Chunk]:
-    """One chunk for each line."""
-    chunks, at = [], 0
-    for number, line in enumerate(text.split("\n")):
-        chunks.append(Chunk(number, line, at, at + len(line), number + 1, len(line.split())))
-        at += len(line) + 1
-    return chunks
-
-
-async def put(
-    index: SearchIndex,
-    text: str,
-    file_id: str = "file-a",
-    store_id: str = S,
-    vectors: list[list[float]] | None = None,
-    **attributes: str | float | bool,
-) -> int:
-    packed = [pack_vector(vector) for vector in vectors] if vectors is not None else None
-    return await index.put_file(P, store_id, file_id, attributes, cut(text), packed, text)
-
-
-async def find(index: SearchIndex, query: str, *stores: str, **options: Any) -> list[Hit]:
-    embedding, limit = options.pop("embedding", None), options.pop("limit", 50)
-    return await index.search(P, stores or (S,), query, embedding, limit, **options)
-
-
-async def texts(index: SearchIndex, query: str, *stores: str, **options: Any) -> list[str]:
-    return [hit.chunk.text for hit in await find(index, query, *stores, **options)]
+@pytest.fixture
+async def on_disk(folder: Path) -> AsyncGenerator[EmbeddedIndex, None]:
+    async with embedded_index(folder) as opened:
+        yield opened
 
 
 def raw_bytes(folder: Path) -> bytes:
@@ -482,50 +455,14 @@ SECRET = "the zyxwvut password is Quetzalcoatlus"
 TRACES = [b"zyxwvut", b"quetzalcoatl", b"uetzalcoatlus", b"Quetzal", b"yxwvu"]
 
 
-async def test_deleted_text_is_gone_from_the_disk(index: SearchIndex, folder: Path):
-    """After a file is deleted or replaced, no trace of its words is left in any file, nor of its name."""
-    others = "\n".join(f"ordinary line {number}" for number in range(500))
-    await put(index, others, "file-b")
-    await put(index, SECRET, "file-secret", note="zyxwvut")
-    assert all(trace in raw_bytes(folder).lower() for trace in (b"zyxwvut", b"quetzal"))
-    await index.delete_file(P, S, "file-secret")
-    assert not [trace for trace in [*TRACES, b"file-secret"] if trace in raw_bytes(folder)]
-    await put(index, SECRET)
-    await put(index, "replaced")
-    assert not [trace for trace in TRACES if trace in raw_bytes(folder)]
-    assert await texts(index, "zyxwvut password") == []
-    assert len(await texts(index, "ordinary", limit=50)) == 50
-
-
-async def test_a_deleted_store_is_gone(index: SearchIndex, folder: Path):
-    """Deleting a store leaves no file of it, and one of the same name can be made anew."""
+async def test_a_deleted_store_is_gone(index: SearchIndex):
+    """A deleted store is found no more, and one of the same name can be made anew."""
     await put(index, SECRET)
     await find(index, "password")
     await index.delete_store(P, S)
-    assert [path for path in folder.rglob("*") if path.is_file()] == []
     assert await find(index, "password") == []
     await put(index, "anew")
     assert await texts(index, "password anew") == ["anew"]
-
-
-async def test_traces_in_a_large_store_go_soon_after(
-    open_index: OpenIndex, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """A large store is scrubbed after its last delete, or when the index is closed, or after the next write."""
-    monkeypatch.setattr(embedded, "SCRUBBED_AT_ONCE", 0)
-    async with open_index() as index:
-        await put(index, SECRET)
-        await put(index, "other", "file-b")
-        await index.delete_file(P, S, "file-a")
-        assert await texts(index, "password other") == ["other"]
-        assert b"zyxwvut" in raw_bytes(folder)
-    assert b"zyxwvut" not in raw_bytes(folder)
-    monkeypatch.setattr(embedded, "SCRUB_AFTER_S", 0.0)
-    async with open_index() as index:
-        await put(index, SECRET)
-        await index.delete_file(P, S, "file-a")
-        while b"zyxwvut" in raw_bytes(folder):
-            await asyncio.sleep(0.01)
 
 
 # --- many at once ----------------------------------------------------------------------------------------------
@@ -590,14 +527,63 @@ async def test_a_cancelled_write_is_whole_or_not_there(index: SearchIndex, folde
         assert len(await index.list_chunks(P, S, "file-a", -1, 9_999)) in (0, 3_000)
 
 
-async def test_backup_while_writing(index: SearchIndex, tmp_path: Path):
+# --- the embedded index alone ----------------------------------------------------------------------------------
+
+
+def database(folder: Path) -> Path:
+    (path,) = folder.rglob("*.db")
+    return path
+
+
+async def test_deleted_text_is_gone_from_the_disk(on_disk: EmbeddedIndex, folder: Path):
+    """After a file is deleted or replaced, no trace of its words is left in any file, nor of its name."""
+    others = "\n".join(f"ordinary line {number}" for number in range(500))
+    await put(on_disk, others, "file-b")
+    await put(on_disk, SECRET, "file-secret", note="zyxwvut")
+    assert all(trace in raw_bytes(folder).lower() for trace in (b"zyxwvut", b"quetzal"))
+    await on_disk.delete_file(P, S, "file-secret")
+    assert not [trace for trace in [*TRACES, b"file-secret"] if trace in raw_bytes(folder)]
+    await put(on_disk, SECRET)
+    await put(on_disk, "replaced")
+    assert not [trace for trace in TRACES if trace in raw_bytes(folder)]
+    assert await texts(on_disk, "zyxwvut password") == []
+    assert len(await texts(on_disk, "ordinary", limit=50)) == 50
+
+
+async def test_a_deleted_store_leaves_no_file(on_disk: EmbeddedIndex, folder: Path):
+    """Deleting a store leaves no file of it."""
+    await put(on_disk, SECRET)
+    await find(on_disk, "password")
+    await on_disk.delete_store(P, S)
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+async def test_traces_in_a_large_store_go_soon_after(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """A large store is scrubbed after its last delete, or when the index is closed, or after the next write."""
+    monkeypatch.setattr(embedded, "SCRUBBED_AT_ONCE", 0)
+    async with embedded_index(folder) as index:
+        await put(index, SECRET)
+        await put(index, "other", "file-b")
+        await index.delete_file(P, S, "file-a")
+        assert await texts(index, "password other") == ["other"]
+        assert b"zyxwvut" in raw_bytes(folder)
+    assert b"zyxwvut" not in raw_bytes(folder)
+    monkeypatch.setattr(embedded, "SCRUB_AFTER_S", 0.0)
+    async with embedded_index(folder) as index:
+        await put(index, SECRET)
+        await index.delete_file(P, S, "file-a")
+        while b"zyxwvut" in raw_bytes(folder):
+            await asyncio.sleep(0.01)
+
+
+async def test_backup_while_writing(on_disk: EmbeddedIndex, tmp_path: Path):
     """A backup holds every store as it was at one moment, and is an index of its own."""
     for store in range(5):
-        await put(index, f"cats of {store}\nand dogs", store_id=f"vs_{store}")
-    writes = [put(index, f"birds {number}\nmore", f"file-{number}", "vs_0") for number in range(20)]
-    await asyncio.gather(index.backup(tmp_path / "copy"), *writes)
-    await index.backup(tmp_path / "copy")
-    await index.delete_store(P, "vs_1")
+        await put(on_disk, f"cats of {store}\nand dogs", store_id=f"vs_{store}")
+    writes = [put(on_disk, f"birds {number}\nmore", f"file-{number}", "vs_0") for number in range(20)]
+    await asyncio.gather(on_disk.backup(tmp_path / "copy"), *writes)
+    await on_disk.backup(tmp_path / "copy")
+    await on_disk.delete_store(P, "vs_1")
     async with embedded_index(tmp_path / "copy") as copy:
         assert await texts(copy, "cats", "vs_1") == ["cats of 1"]
         assert len(await texts(copy, "birds", "vs_0")) == 20
@@ -605,14 +591,6 @@ async def test_backup_while_writing(index: SearchIndex, tmp_path: Path):
         assert len(await texts(copy, "cats", "vs_1")) == 2
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "copy").rglob("*.db")}
     assert modes == {0o600}
-
-
-# --- the embedded index alone ----------------------------------------------------------------------------------
-
-
-def database(folder: Path) -> Path:
-    (path,) = folder.rglob("*.db")
-    return path
 
 
 async def test_files_are_the_owners_alone(folder: Path):
