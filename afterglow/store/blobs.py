@@ -2,6 +2,8 @@
 
 A blob appears under its key when it is whole, and has reached the disk by the time `put` returns. Until then it stands
 beside that place under a name of obstore's (`KEY#1`); when a crash leaves it there, `delete` of the key removes it.
+
+Object stores are in `object_blobs.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import contextlib
 import errno
 import os
 import re
+import secrets
+import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 
@@ -18,11 +22,15 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 
+from afterglow.contracts import Store, Transaction
 from afterglow.errors import BlobMissing, ConfigError, StoreFull, StoreUnavailable
+from afterglow.rows.cluster import DataFolder, list_data_folders, note_data_folder
 
 PIECE_BYTES = 1024 * 1024  # each call of obstore crosses threads twice: small pieces cost more than their bytes
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNFINISHED = "#1"
+MARK = "id"  # a file beside the blobs' folder: what tells one data folder from another
+FORGOTTEN_AFTER_S = 24 * 60 * 60
 
 
 class LocalBlobs:
@@ -42,7 +50,7 @@ class LocalBlobs:
         writer = obstore.open_writer_async(self._store, key, buffer_size=PIECE_BYTES, max_concurrency=1)
         size = 0
         try:
-            async with contextlib.aclosing(_gathered(chunks)) as pieces:
+            async with contextlib.aclosing(gathered(chunks, PIECE_BYTES)) as pieces:
                 async for piece in pieces:
                     with _translated(key):
                         await writer.write(piece)
@@ -89,6 +97,47 @@ class LocalBlobs:
             _sync(folder)
 
 
+async def check_data_folder(store: Store, folder: Path, now: float) -> None:
+    """Note in the shared database that this process keeps the bytes of files in `folder`, the data folder.
+
+    Called at the start, and every hour while it is in use. Raises ConfigError when another folder has been in use
+    within the last day: what one process stores there, the others would not find.
+    """
+    mark, path = await asyncio.to_thread(_read_mark, folder)
+    this = DataFolder(mark, socket.gethostname(), path, int(now))
+
+    async def work(tx: Transaction) -> list[DataFolder]:
+        others = await list_data_folders(tx, this.seen_at - FORGOTTEN_AFTER_S)
+        # A folder that was emptied or replaced has a new mark in the old place.
+        others = [one for one in others if one.id != mark and (one.host, one.path) != (this.host, this.path)]
+        if not others:
+            await note_data_folder(tx, this)
+        return others
+
+    if others := await store.write(work):
+        places = ", ".join(f"{one.path} on {one.host}" for one in others)
+        raise ConfigError(
+            f"The bytes of files would be in {this.path} on {this.host}, but processes on the same database have them"
+            f" in another folder: {places}. Set blob_url to an object store (`s3://…`), or put the data folder on a"
+            " disk that all hosts share and set shared_data."
+        )
+
+
+def _read_mark(folder: Path) -> tuple[str, str]:
+    """What is written in the folder to know it again, whichever host it is seen from, and its full path. It is written
+    now if it is missing, and appears whole: several processes may be at it."""
+    unfinished = folder / f"{MARK}.{secrets.token_hex(8)}"
+    try:
+        if not (folder / MARK).exists():
+            unfinished.write_text(secrets.token_hex(16))
+            with contextlib.suppress(FileExistsError):
+                os.link(unfinished, folder / MARK)
+            unfinished.unlink()
+        return (folder / MARK).read_text(), str(folder.resolve())
+    except OSError as error:
+        raise ConfigError(f"The data folder {folder} cannot be used: {error.strerror}.") from None
+
+
 def _sync(path: Path) -> None:
     number = os.open(path, os.O_RDONLY)
     try:
@@ -97,13 +146,13 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-async def _gathered(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """The same bytes in pieces of about PIECE_BYTES."""
+async def gathered(chunks: AsyncIterator[bytes], size_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The same bytes in pieces of about this size; only the last is smaller."""
     waiting, size = [], 0
     async for chunk in chunks:
         waiting.append(chunk)
         size += len(chunk)
-        if size >= PIECE_BYTES:
+        if size >= size_bytes:
             yield b"".join(waiting)
             waiting, size = [], 0
     if waiting:
