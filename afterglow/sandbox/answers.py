@@ -71,6 +71,10 @@ class Fail(Answer):
     reason: Literal["full", "name", "missing", "large", "other"]
 
 
+class Beat(Answer):
+    """It lives."""
+
+
 class Bytes(Answer):
     """More of a file."""
 
@@ -85,7 +89,7 @@ class End(Answer):
     size: Size = 0
 
 
-_header = msgspec.json.Decoder(Ready | Text | Image | Done | Ok | Fail | Bytes | Listed | End)
+_header = msgspec.json.Decoder(Ready | Text | Image | Done | Ok | Fail | Beat | Bytes | Listed | End)
 _listed = msgspec.json.Decoder(list[tuple[str, Size, Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]]])
 
 

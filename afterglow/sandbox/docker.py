@@ -54,11 +54,9 @@ LOOK_AT_LOG = "Docker's own log may say more."
 CLOSING = EngineStatus("off", "docker", reason="The server is stopping.")
 MB = 1 << 20
 
-# The image has variables of its own, hence `env -i`. Of ours most are what `launch.py` gives a session of `native`.
 COMMAND = [
-    *("/usr/bin/env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8", f"HOME={wall.HOME}"),
-    *("PYTHONDONTWRITEBYTECODE=1", "MPLBACKEND=agg", f"MPLCONFIGDIR={contained.WRITABLE_FONTS}"),
-    *("OPENBLAS_NUM_THREADS=1", "OMP_NUM_THREADS=1", "MALLOC_ARENA_MAX=2"),
+    *("/usr/bin/env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin"),  # the image has variables of its own
+    *(f"{name}={value}" for name, value in contained.VARIABLES.items()),
     *("/usr/local/bin/python", "-I", "-B", "-c"),
     "import sys; sys.path.insert(0, '/opt/afterglow'); from guest.contained import main; main()",
 ]
@@ -340,17 +338,15 @@ class DockerEngine:
     async def _look_after(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
-            self._end_old(asyncio.get_running_loop().time())
+            self._end_old()
             await self._remove_left()
 
-    def _end_old(self, now: float) -> None:
+    def _end_old(self) -> None:
         for container in list(self._containers):
-            if container.taken_at is None:
-                continue
-            if now - container.taken_at >= self._settings.sandbox_ttl_s:
-                container.session.lost("it was as old as a session may become")
-            elif now - container.session.idle_since >= self._settings.sandbox_idle_s:
-                container.session.lost("it ran nothing for too long")
+            if container.taken_at is not None:
+                container.session.end_if_old(
+                    container.taken_at, self._settings.sandbox_ttl_s, self._settings.sandbox_idle_s
+                )
 
     async def _remove_left(self) -> None:
         assert self._docker is not None

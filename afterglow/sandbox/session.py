@@ -18,6 +18,7 @@ from afterglow.errors import SandboxFull, SessionLost
 from afterglow.sandbox.answers import (
     FLOOD,
     Answer,
+    Beat,
     Cell,
     Done,
     Download,
@@ -38,6 +39,7 @@ GRACE_S = 2.0  # from an interrupt to the kill
 CLOSE_GRACE_S = 0.5  # the same, when nobody waits for the cell any more
 GONE_S = 1.0  # how long the end of a cell waits to hear why its session died
 ANSWER_S = 30.0  # an agent that never waits has answered a file request long before
+MISSED_BEATS = 3  # in a row; then nobody is there any more
 
 
 class Session:
@@ -47,6 +49,7 @@ class Session:
     once, and never raises. gone: waits until nothing of it is left; it may call `lost` with what it found (an
     out-of-memory kill in the cgroup, say) before it returns. output_kb: text of a cell that is kept.
     on_busy, on_idle: told when a cell begins and when it has ended, so that the engine can watch for work in between.
+    beat_s: seconds between two signs of life that it is asked for; 0 where its end is sure to close the streams.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Session:
         output_kb: int = 256,
         on_busy: Callable[[], None] = lambda: None,
         on_idle: Callable[[], None] = lambda: None,
+        beat_s: float = 0,
     ) -> None:
         self._reader, self._writer = reader, writer
         self._kill, self._gone = kill, gone
@@ -72,6 +76,11 @@ class Session:
         self._why = ""
         self._engine_says = ""
         self._used_at = self._loop.time()
+        self._beat_s = beat_s
+        self._beats_due = 0
+        self._missed_beats = 0
+        self._waits_for_room = False
+        self._beating = self._loop.call_later(beat_s, self._beat) if beat_s else None
         self._reading = asyncio.create_task(self._read())
 
     async def start(self, memory_bytes: int, processes: int, timeout_s: float = ANSWER_S) -> None:
@@ -98,6 +107,15 @@ class Session:
         """The engine knows that the session is over, and why (words, for CellEnd.why): kill it and end its cell."""
         self._engine_says = self._engine_says or reason
         self._lose(reason)
+
+    def end_if_old(self, taken_at: float, ttl_s: float, idle_s: float) -> None:
+        """End it when it was given away `ttl_s` seconds ago, or has run nothing for `idle_s`. taken_at: on the event
+        loop's clock."""
+        now = self._loop.time()
+        if now - taken_at >= ttl_s:
+            self.lost("it was as old as a session may become")
+        elif now - self.idle_since >= idle_s:
+            self.lost("it ran nothing for too long")
 
     async def close(self) -> None:
         """Kill everything in it, and wait for `gone`."""
@@ -273,6 +291,7 @@ class Session:
         why = "it could not be read"
         try:
             while self.alive and (data := await self._reader.read(READ_BYTES)):
+                self._missed_beats = 0
                 for answer, body in frames.feed(data):
                     await self._take(answer, body)
             why = "it has ended"
@@ -285,15 +304,35 @@ class Session:
             self._lose(why)
 
     async def _take(self, answer: Answer, body: bytes) -> None:
+        if isinstance(answer, Beat):
+            self._take_beat(body)
+            return
         request = self._requests.get(answer.id)
         if request is None:
             raise BadFrame("it answers what was not asked")
         request.take(answer, body)
         if isinstance(answer, Done) and answer.status == "died":
             self._lose(_death(answer))
+        self._waits_for_room = True
         await request.room()
+        self._waits_for_room = False
         if request.over:
             self._settle(answer.id)
+
+    def _beat(self) -> None:
+        """Ask for a sign of life, and count those that did not come. What we do not read cannot be missed."""
+        self._missed_beats += bool(self._beats_due) and not self._waits_for_room
+        if self._missed_beats >= MISSED_BEATS:
+            self._lose("its host gives no sign of life")
+            return
+        self._send("beat", 0)
+        self._beats_due += 1
+        self._beating = self._loop.call_later(self._beat_s, self._beat)
+
+    def _take_beat(self, body: bytes) -> None:
+        if not self._beats_due or body:
+            raise BadFrame("it gives a sign of life that nobody has asked for")
+        self._beats_due -= 1
 
     def _settle(self, number: int) -> None:
         """A request is over."""
@@ -310,6 +349,8 @@ class Session:
         if not self.alive:
             return
         self._why = why
+        if self._beating:
+            self._beating.cancel()
         self._kill()
         self._writer.transport.abort()
         for number, request in list(self._requests.items()):

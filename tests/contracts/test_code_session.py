@@ -2,12 +2,14 @@
 
 ENGINES gives sessions of each kind at hand. The unjailed one is the agent in a plain child process: it shows that
 agent and session keep their word without a wall around them, and is never built by the product. The one that is
-alone has a pid namespace to itself, as in the product, and no more.
+alone has a pid namespace to itself, as in the product, and no more. The remote one is the engine `remote` with the
+program of a pod, and no pod around it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import socket
@@ -24,8 +26,10 @@ import pytest
 import afterglow.sandbox
 from afterglow.contracts import CellEnd, CodeSession, Logs, Picture
 from afterglow.errors import SandboxFull, SessionLost
+from afterglow.sandbox.remote import RemoteEngine
 from afterglow.sandbox.session import Session
 from afterglow.settings import load
+from tests.contracts.pods import TOKEN, fake_pod
 
 START = """
 import os, sys
@@ -100,8 +104,30 @@ def alone(folder: Path) -> AbstractAsyncContextManager[Session]:
     return unjailed(folder, *namespace)
 
 
-ENGINES: dict[str, Callable[[Path], AbstractAsyncContextManager[CodeSession]]] = {"unjailed": unjailed, "alone": alone}
-SLOW = ("alone",)
+@asynccontextmanager
+async def remote(folder: Path) -> AsyncGenerator[CodeSession]:
+    """A session in a pod that is a process on this machine, filtered as in the product."""
+
+    async def holds(_session: CodeSession, _processes: int, _disk_mb: int) -> list[str]:
+        return []
+
+    settings = load({"sandbox_token": TOKEN, "cell_output_kb": OUTPUT_KB}, environ={})
+    async with fake_pod(folder, settings) as started:
+        engine = RemoteEngine(dataclasses.replace(settings, sandbox_url=f"tcp://127.0.0.1:{started.port}"), holds)
+        try:
+            assert (await engine.settled()).state == "on", engine.status
+            await started.free()
+            yield await engine.open()
+        finally:
+            await engine.close()
+
+
+ENGINES: dict[str, Callable[[Path], AbstractAsyncContextManager[CodeSession]]] = {
+    "unjailed": unjailed,
+    "alone": alone,
+    "remote": remote,
+}
+SLOW = ("alone", "remote")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ENGINES])

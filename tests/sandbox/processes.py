@@ -31,14 +31,21 @@ def _table() -> dict[int, list[Process]]:
     return children
 
 
+def _name(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
 def children(pid: int) -> list[int]:
     return [process.pid for process in _table()[pid]]
 
 
 def descendants(pid: int) -> set[Process]:
+    """Without the database server that other tests of the same process may have started."""
     table, found, waiting = _table(), set(), [pid]
     while waiting:
-        below = table[waiting.pop()]
+        below = [process for process in table[waiting.pop()] if _name(process.pid) != "postgres"]
         found.update(below)
         waiting += [process.pid for process in below]
     return found

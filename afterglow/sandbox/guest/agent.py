@@ -12,6 +12,7 @@ From the server (`id` is echoed in every answer):
     put {id, name, size}, bytes {id} + …, end {id}      → ok, fail {reason}. `drop {id}` instead of `end` gives it up
     list {id}                                           → files + JSON list of [name, size, mtime_ns], …, end
     get {id, name, max}                                 → bytes + …, end {size}; fail {reason}
+    beat {id}                                           → beat: a sign of life, where nothing else tells of a death
 hello: of its limits only memory is the agent's to set, so that an array too large is a MemoryError.
 done: status `ok`, `error`, `interrupted`, or `died` with `exit` (as `Popen.returncode`) and `broke`, whether the
 worker was killed for speaking no sense. logs: `error` is true for the text of an exception.
@@ -52,18 +53,25 @@ _SET_DUMPABLE, _SET_CHILD_SUBREAPER = 4, 36  # prctl
 
 
 def run(
-    fd_in: int, fd_out: int, folder: str = "/mnt/data", *, before_worker: Callable[[], None] = lambda: None
+    fd_in: int,
+    fd_out: int,
+    folder: str = "/mnt/data",
+    *,
+    before_worker: Callable[[], None] = lambda: None,
+    silence_s: float = math.inf,
+    alone: bool = False,
 ) -> None:
     """Serve one session until the server closes the connection; then everything else in it was killed.
 
     fd_in, fd_out: where the server's frames come from and ours go; the same number for a connected socket, 0 and 1 in
     a container. They are taken over: moved above 2, and 0, 1 and 2 become /dev/null. folder: `/mnt/data`; it must
     exist and belong to the session. before_worker: called in the forked worker when its files are in place, before
-    anything of a cell (a second seccomp filter, say); an exception there ends the worker.
+    anything of a cell (a second seccomp filter, say); an exception there ends the worker. silence_s: a server that
+    sends nothing for so long, not even a beat, is gone. alone: nobody is in our pid namespace but its first process.
     The agent makes itself non-dumpable and ignores SIGINT, SIGTERM and SIGHUP. The worker is forked only on the
     server's `hello`, and is dumpable again; RLIMIT_DATA is lowered to the hello's `memory_bytes`; every other limit
-    is the caller's. As pid 1 it ends everything else in its pid namespace by kill(-1); otherwise its descendants.
-    After the return the caller calls os._exit(0).
+    is the caller's. As pid 1, or alone, it ends everything else in its pid namespace by kill(-1), which spares the
+    first process; otherwise its descendants. After the return the caller calls os._exit(0).
     """
     fd_in, fd_out = _take_over(fd_in, fd_out)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -71,7 +79,7 @@ def run(
     _prctl(_SET_DUMPABLE, 0)  # else a cell could write into this process
     if os.getpid() != 1:
         _prctl(_SET_CHILD_SUBREAPER, 1)
-    Agent(fd_in, fd_out, folder, before_worker).serve()
+    Agent(fd_in, fd_out, folder, before_worker, silence_s, alone or os.getpid() == 1).serve()
 
 
 def _take_over(fd_in: int, fd_out: int) -> tuple[int, int]:
@@ -169,10 +177,19 @@ def _arrange_files(control: int, printed: int) -> None:
 class Agent:
     """One session. `serve` turns until the server is gone; what carries out which request is in `_requests`."""
 
-    def __init__(self, fd_in: int, fd_out: int, folder: str, before_worker: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        fd_in: int,
+        fd_out: int,
+        folder: str,
+        before_worker: Callable[[], None],
+        silence_s: float,
+        alone: bool,
+    ) -> None:
         self._in, self._out = fd_in, fd_out
         self._folder = folder
         self._before_worker = before_worker
+        self._alone = alone
         self._files = Files(folder)
         self._frames = Frames(parse_header)
         self._outgoing = bytearray()
@@ -184,6 +201,8 @@ class Agent:
         self._cell: int | None = None
         self._text_at = 0.0
         self._interrupt_at = math.inf
+        self._silence_s = silence_s
+        self._heard_at = time.monotonic()
         self._open = True
         self._wake = _wake_on_deaths()
         self._requests: dict[str, Callable[[int, dict[str, Any], bytes], None]] = {
@@ -196,6 +215,7 @@ class Agent:
             "drop": self._put_drop,
             "list": self._list,
             "get": self._get,
+            "beat": self._beat,
         }
 
     def serve(self) -> None:
@@ -219,6 +239,8 @@ class Agent:
             self._make_answer()
         if now >= self._interrupt_at:
             self._send_interrupt()
+        if time.monotonic() - self._heard_at >= self._silence_s:  # after reading: we may have been stopped meanwhile
+            self._open = False
 
     def _wanted(self, now: float) -> dict[int, tuple[int, Callable[[int], object]]]:
         """What is waited for: only what will be taken, since poll tells of an end again and again."""
@@ -241,7 +263,7 @@ class Agent:
     def _patience_ms(self, now: float) -> int | None:
         if self._answers and self._has_room():
             return 0
-        next_at = self._interrupt_at
+        next_at = min(self._interrupt_at, self._heard_at + self._silence_s)
         if self._wants_text() and now < self._text_at:
             next_at = min(next_at, self._text_at)
         return None if next_at == math.inf else max(0, math.ceil((next_at - now) * 1000))
@@ -275,6 +297,7 @@ class Agent:
         try:
             data = os.read(self._in, READ_BYTES)
             self._open = self._open and bool(data)
+            self._heard_at = time.monotonic()
             for header, body in self._frames.feed(data):
                 self._carry_out(header, body)
         except BlockingIOError:
@@ -299,6 +322,9 @@ class Agent:
 
     def _fail(self, request: int, reason: str) -> None:
         self._tell("fail", request, reason=reason)
+
+    def _beat(self, request: int, _header: dict[str, Any], _body: bytes) -> None:
+        self._tell("beat", request)
 
     # --- cells
 
@@ -432,7 +458,7 @@ class Agent:
                 os.waitpid(pid, os.WNOHANG)
 
     def _lose_worker(self, worker: Worker) -> None:
-        _kill_others(keep=None)
+        _kill_others(self._alone, keep=None)
         self._drain_text()
         ended = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
         worker.close()
@@ -447,12 +473,12 @@ class Agent:
     def _end_leftovers(self) -> None:
         """A cell has ended: what it has started must not go on burning. Its threads cannot be told apart."""
         if self._worker:
-            _kill_others(keep=self._worker.pid)
+            _kill_others(self._alone, keep=self._worker.pid)
 
     def _end_all(self) -> None:
         for put in self._puts.values():
             put.drop()
-        _kill_others(keep=None)
+        _kill_others(self._alone, keep=None)
 
     # --- files
 
@@ -525,23 +551,24 @@ def _next_dead() -> int | None:
     return found.si_pid if found else None
 
 
-def _kill_others(keep: int | None) -> None:
+def _kill_others(alone: bool, keep: int | None) -> None:
     """Kill all that came from this process, but `keep`.
 
-    As pid 1 everything is stopped first, at one stroke, so that nothing can fork away while it is looked for: all
-    that /proc names is ours then. More than the names cannot be had behind Landlock.
+    Alone in a namespace everything is stopped first, at one stroke, so that nothing can fork away while it is looked
+    for: all that /proc names is ours then. More than the names cannot be had behind Landlock.
     """
-    if os.getpid() != 1:
+    spared = {1, os.getpid(), keep}
+    if not alone:
         for _ in range(3):  # without a namespace of our own there is no such stroke
-            if not (others := _descendants() - {keep}):
+            if not (others := _descendants() - spared):
                 return
-            _kill_each(others)
-        return
-    if keep is None:
+            _signal_each(others, signal.SIGSTOP)  # or a shell would tell of its child's death
+            _signal_each(others, signal.SIGKILL)
+    elif keep is None:
         _signal_all(signal.SIGKILL)
-    elif _numbers_in_proc() - {1, keep}:
+    elif _numbers_in_proc() - spared:
         _signal_all(signal.SIGSTOP)
-        _kill_each(_numbers_in_proc() - {1, keep})
+        _signal_each(_numbers_in_proc() - spared, signal.SIGKILL)
         _signal_all(signal.SIGCONT)
 
 
@@ -550,10 +577,10 @@ def _signal_all(number: int) -> None:
         os.kill(-1, number)
 
 
-def _kill_each(pids: set[int]) -> None:
+def _signal_each(pids: set[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 def _numbers_in_proc() -> set[int]:

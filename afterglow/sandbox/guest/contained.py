@@ -14,6 +14,17 @@ from . import agent, wall, warm
 
 FONTS = "/opt/matplotlib"  # in the image: the list of fonts that matplotlib made when it was built
 WRITABLE_FONTS = f"{wall.HOME}/.matplotlib"  # where MPLCONFIGDIR points; in a folder that is read-only it is made anew
+# With a PATH all variables of the first program, here and in a pod; those of `native` are in `launch.py`.
+VARIABLES = {
+    "LANG": "C.UTF-8",
+    "HOME": wall.HOME,
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "MPLBACKEND": "agg",
+    "MPLCONFIGDIR": WRITABLE_FONTS,
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "2",
+}
 
 
 def main(folder: str = wall.WORK) -> NoReturn:

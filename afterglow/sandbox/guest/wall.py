@@ -27,7 +27,7 @@ AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 LAST_DESCRIPTOR = 0x7FFFFFFF
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 1, 4, 24, 28
-PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 36, 38, 47, 4
 SECUREBITS_ALL_LOCKED = 0xEF  # root is nobody special, setuid gives and keeps nothing; and so it stays
 
 INNER_UID = 1000  # what a session sees itself as
@@ -155,7 +155,7 @@ def _limit_resources(limits: Limits) -> None:
         (resource.RLIMIT_RTPRIO, 0),
         (resource.RLIMIT_SIGPENDING, 256),
     ):
-        _lower(kind, value)
+        lower_limit(kind, value)
     os.nice(NICE)
     write("/proc/self/oom_score_adj", "1000")
     # Where the scheduler groups by session, nice counts inside a group alone, and the group has a nice of its own.
@@ -163,7 +163,7 @@ def _limit_resources(limits: Limits) -> None:
         write("/proc/self/autogroup", str(NICE))
 
 
-def _lower(kind: int, value: int) -> None:
+def lower_limit(kind: int, value: int) -> None:
     """Set a limit, or leave it where the host has set a lower one."""
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
