@@ -33,10 +33,13 @@ from afterglow.errors import (
     StoreFull,
     Unavailable,
 )
+from afterglow.metrics import Metrics
 
 log = logging.getLogger("afterglow.http")
 API_PREFIXES = ("/v1/", "/openai/")
 OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
+METRICS_PATH = "/metrics"
+KEYLESS = "afterglow.keyless"  # in the scope of a request to the port of `metrics_port`
 UPLOAD_PATHS = ("/v1/files", "/openai/v1/files", "/openai/files")
 PART_PATH = re.compile(r"/(v1|openai/v1|openai)/uploads/[^/]+/parts")
 MAX_PART_MB = 64
@@ -64,7 +67,7 @@ class Edge:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        exchange = _Exchange(send)
+        exchange = _Exchange(send, scope, self._house.metrics)
         telemetry.subject.set(exchange.request_id)
         try:
             await self._serve(scope, receive, exchange)
@@ -80,15 +83,18 @@ class Edge:
     async def _serve(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         headers = Headers(scope=scope)
         path = scope["path"] = self._own_path(scope["path"])
-        if path not in OPEN_PATHS:  # probes come by address
+        needs_key = path not in OPEN_PATHS and KEYLESS not in scope
+        if needs_key:  # probes come by address
             self._access.check_host(headers.get("host", ""))
         self._access.check_origin(headers.get("origin"))
         if "\0" in path:
             raise InvalidRequest("Invalid URL: it contains a NUL character.", code="invalid_value")
         state: dict[str, Any] = {"house": self._house, "request_id": exchange.request_id, "creates": False}
         scope["state"] = state
-        if path not in OPEN_PATHS:
-            if not path.startswith(API_PREFIXES):
+        if self._house.traces is not None:
+            telemetry.traceparent.set(headers.get("traceparent", ""))
+        if needs_key:
+            if not path.startswith(API_PREFIXES) and path != METRICS_PATH:
                 raise self._no_such_path(scope["method"], path)
             caller = await self._access.caller(headers)
             _check_beta(headers)
@@ -154,10 +160,12 @@ class Edge:
 class _Exchange:
     """One request's answer: its id, when it began, and what was sent of it."""
 
-    __slots__ = ("_began", "_send", "request_id", "started", "status")
+    __slots__ = ("_began", "_metrics", "_scope", "_send", "request_id", "started", "status")
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, scope: Scope, metrics: Metrics) -> None:
         self._send = send
+        self._scope = scope
+        self._metrics = metrics
         self._began = time.monotonic()
         self.request_id = "req_" + secrets.token_hex(16)
         self.started = False
@@ -167,7 +175,8 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.started = True
             self.status = message["status"]
-            took_ms = round((time.monotonic() - self._began) * 1000)
+            took_s = time.monotonic() - self._began
+            took_ms = round(took_s * 1000)
             message["headers"] = [
                 *message.get("headers", []),
                 (b"x-request-id", self.request_id.encode()),
@@ -175,6 +184,8 @@ class _Exchange:
                 (b"openai-version", b"2020-10-01"),
             ]
             log.debug("%d in %d ms", self.status, took_ms)
+            route = getattr(self._scope.get("route"), "path", None)
+            self._metrics.request_answered(self._scope["method"], route, self.status, took_s)
         await self._send(message)
 
 

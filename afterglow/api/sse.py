@@ -40,7 +40,8 @@ class EventStream(Response):
         if task is not None:
             gone.add_done_callback(lambda _: task.cancel() if not gone.cancelled() else None)
         try:
-            await self._send_events(send)
+            with self._house.metrics.open_streams.track_inprogress():
+                await self._send_events(send)
         except asyncio.CancelledError:
             if task is None or not gone.done() or task.uncancel():
                 raise
