@@ -6,11 +6,11 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bench.client import BenchFailure, Connection
 
@@ -18,9 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 10.0
 
+Part = Literal["all", "api", "worker"]
+COMMANDS: dict[Part, tuple[str, ...]] = {
+    "all": ("serve", "--port"),
+    "api": ("serve", "--no-worker", "--port"),
+    "worker": ("worker", "--metrics-port"),
+}
+
 
 class Server(NamedTuple):
-    """A running `afterglow serve`. start_s: from its start to the first 200 on /healthz."""
+    """A running process of Afterglow. port: where it serves, or a worker its probes. start_s: from its start to the
+    first 200 on /healthz."""
 
     pid: int
     port: int
@@ -52,22 +60,31 @@ async def stub() -> AsyncIterator[int]:
 
 
 @asynccontextmanager
-async def afterglow(program: Path, data: Path, stub_port: int, code_interpreter: str) -> AsyncIterator[Server]:
-    """Run the server on a free port with settings as they come; what it logs goes to a file beside `data`.
-    code_interpreter: that setting; its engine would start in the background, under what is measured.
+async def afterglow(
+    program: Path,
+    data: Path,
+    stub_port: int,
+    code_interpreter: str = "off",
+    *,
+    part: Part = "all",
+    settings: Mapping[str, str] | None = None,
+) -> AsyncIterator[Server]:
+    """Run a process of Afterglow on a free port with settings as they come; what it logs goes to a file beside `data`.
+    code_interpreter: that setting; its engine would start in the background, under what is measured. settings: others,
+    as variables of its environment.
 
     Raises BenchFailure when it does not come up; to what fails while it is measured, the end of its log is added.
     """
     port = _free_port()
-    log = data.with_suffix(".log")
+    log = data.with_suffix(".log" if part == "all" else f".{port}.log")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("AFTERGLOW_")}
-    environ["AFTERGLOW_CODE_INTERPRETER"] = code_interpreter
+    environ |= {"AFTERGLOW_CODE_INTERPRETER": code_interpreter, **(settings or {})}
     model_url = f"http://127.0.0.1:{stub_port}/v1"
-    flags = ("--host", "127.0.0.1", "--port", str(port), "--data", str(data), "--model-url", model_url)
+    flags = (str(port), "--host", "127.0.0.1", "--data", str(data), "--model-url", model_url)
     with log.open("wb") as out:
         start = perf_counter()
         process = await asyncio.create_subprocess_exec(
-            program, "serve", *flags, env=environ, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out
+            program, *COMMANDS[part], *flags, env=environ, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=out
         )
     try:
         await _until_healthy(port, process)
@@ -153,6 +170,11 @@ def _rss_kb(pid: int) -> int:
 def _stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third, the state, on; the name before them may hold spaces."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def whole_pss_kb(pid: int) -> int:
+    """Memory of the process and of all that it has started, in KB; what several processes share is divided."""
+    return _pss_kb(pid) + pss_kb(pid)
 
 
 def pss_kb(pid: int) -> int:

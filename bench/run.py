@@ -1,7 +1,7 @@
 """The program behind `make bench`: runs the scenarios one after another, prints one table, writes one JSON file.
 
     python -m bench.run [--only NAME]… [--json FILE] [--quick] [--afterglow PROGRAM]
-                        [--beir FOLDER]… [--embeddings URL --embedding-model NAME]
+                        [--beir FOLDER]… [--embeddings URL --embedding-model NAME] [--postgres URL [--large]]
 
 Ends with 0 also when a promise is missed (the machine may be busy), with 1 when something could not be measured.
 """
@@ -31,6 +31,7 @@ from bench.scenarios import SCENARIOS, Findings, Row, Setup
 from bench.search import Embedder
 
 TOTAL_S = {False: 300.0, True: 60.0}
+LARGE_S = 900.0
 RESULTS = ROOT / "bench" / "results" / "latest.json"
 
 
@@ -46,11 +47,20 @@ class Outcome(msgspec.Struct):
 async def measure(options: argparse.Namespace) -> dict[str, Outcome]:
     """Run these scenarios in turn. One that fails leaves its reason; so do those for which no time is left."""
     outcomes: dict[str, Outcome] = {}
-    deadline = perf_counter() + TOTAL_S[options.quick]
+    deadline = perf_counter() + (LARGE_S if options.large else TOTAL_S[options.quick])
     embed = Embedder(options.embeddings, options.embedding_model) if options.embeddings else None
     with tempfile.TemporaryDirectory(prefix="afterglow-bench-") as folder:
         async with stub() as stub_port:
-            setup = Setup(options.afterglow, stub_port, Path(folder), options.quick, options.beir, embed)
+            setup = Setup(
+                options.afterglow,
+                stub_port,
+                Path(folder),
+                options.quick,
+                options.beir,
+                embed,
+                options.postgres,
+                options.large,
+            )
             for name in options.only or SCENARIOS:
                 print(f"{name} …", end=" ", file=sys.stderr, flush=True)
                 outcomes[name] = await _outcome(name, setup, deadline - perf_counter())
@@ -151,6 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--embeddings", metavar="URL", help="base URL of a server that embeds it, ending in /v1")
     parser.add_argument("--embedding-model", default="", metavar="NAME")
+    parser.add_argument("--postgres", default="", metavar="URL", help="a server to make a database on, for `cluster`")
+    parser.add_argument(
+        "--large", action="store_true", help="there, with many runs at once and 10,000,000 messages, too; ten minutes"
+    )
     options = parser.parse_args(arguments)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

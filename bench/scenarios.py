@@ -6,21 +6,37 @@ Every scenario starts servers of its own on empty data folders, so that none liv
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from bench import sandbox, search
-from bench.client import CHUNK, DELTA, Answer, BenchFailure, Connection, Pace, expect, loop_for, percentile, together
-from bench.processes import Memory, Server, afterglow, cpu_s, has_proc, memory_of
-from bench.stub import model_name, text_of
+from bench import cluster, sandbox, search
+from bench.calls import (
+    STARTS_PER_S,
+    STREAM_RATE,
+    Made,
+    Swarm,
+    ask_stub,
+    connect,
+    in_batches,
+    make,
+    make_assistant,
+    make_thread,
+    message,
+    percentiles,
+    stream_run,
+    swarm_of,
+    thread_and_run,
+)
+from bench.client import Answer, BenchFailure, Connection, Pace, expect, loop_for, percentile, together
+from bench.processes import Memory, Part, Server, afterglow, cpu_s, has_proc, memory_of
 
 T = TypeVar("T")
 Sign = Literal["≤", "≥"]
@@ -49,10 +65,7 @@ OWED: dict[str, tuple[Sign, float]] = {
     "sandbox: DataFrame, on demand, p50": ("≤", 80),
 }
 STREAM_TOKENS = 160  # long enough that all are open together
-STARTS_PER_S = 200  # the rate of runs that is owed; a burst of 500 in one second is reported beside it
-STREAM_RATE = 20.0
 BURST_TOKENS = 30
-STREAM_LIMIT_S = 30.0
 
 
 class Row(msgspec.Struct, kw_only=True):
@@ -86,17 +99,12 @@ class Findings(msgspec.Struct):
     raw: dict[str, Any]
 
 
-class Made(msgspec.Struct):
-    """Any object of the API that has just been created."""
-
-    id: str
-
-
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What all scenarios need. program: the `afterglow` to start; folder: a temporary one, for data and logs.
 
-    collections: folders with test collections for `retrieval`; embed: what embeds them.
+    collections: folders with test collections for `retrieval`; embed: what embeds them. postgres: URL of a server for
+    `cluster`; large: measure there what takes minutes, too.
     """
 
     program: Path
@@ -105,6 +113,8 @@ class Setup:
     quick: bool
     collections: Sequence[Path] = ()
     embed: search.Embedder | None = None
+    postgres: str = ""
+    large: bool = False
 
     def server(self, name: str, code_interpreter: str = "off") -> AbstractAsyncContextManager[Server]:
         """Start a server on the data folder of this name, made if it is not there."""
@@ -112,64 +122,6 @@ class Setup:
 
     def pick(self, full: T, quick: T) -> T:
         return quick if self.quick else full
-
-
-# --- calls -----------------------------------------------------------------------------------------------------
-
-
-async def _make(client: Connection, path: str, body: object) -> str:
-    answer = expect(await client.ask("POST", path, body))
-    return msgspec.json.decode(answer.body, type=Made).id
-
-
-async def _assistant(client: Connection, tokens: int, rate: float = 0) -> str:
-    body = {"model": model_name(tokens, rate), "instructions": "Answer briefly."}
-    return await _make(client, "/v1/assistants", body)
-
-
-def _message() -> dict[str, str]:
-    return {"role": "user", "content": "What is the weather in Oslo, and what should I wear on a walk tonight?"}
-
-
-async def _thread(client: Connection, messages: int = 1) -> str:
-    return await _make(client, "/v1/threads", {"messages": [_message()] * messages})
-
-
-async def _run(client: Connection, thread: str, assistant: str, tokens: int, **options: object) -> Answer:
-    """Stream a run to `done`; marks are its text deltas. Fails unless the whole text came and the run completed."""
-    body = {"assistant_id": assistant, "stream": True, **options}
-    answer = await client.ask("POST", f"/v1/threads/{thread}/runs", body, mark=DELTA)
-    text = msgspec.json.encode(text_of(tokens))
-    return expect(answer, DELTA, text, b"event: thread.run.completed", b"event: done")
-
-
-async def _thread_and_run(client: Connection, assistant: str, tokens: int) -> Answer:
-    return await _run(client, await _thread(client), assistant, tokens)
-
-
-async def _direct(stub: Connection, tokens: int, rate: float = 0) -> Answer:
-    """The same answer from the stub itself; marks are its chunks with text."""
-    options = {"stream": True, "stream_options": {"include_usage": True}}
-    body = {"model": model_name(tokens, rate), "messages": [_message()], **options}
-    return expect(await stub.ask("POST", "/v1/chat/completions", body, mark=CHUNK), CHUNK, b"[DONE]")
-
-
-async def _in_batches(calls: Sequence[Callable[[], Awaitable[T]]], size: int = 32) -> list[T]:
-    async def one(call: Callable[[], Awaitable[T]]) -> T:
-        return await call()
-
-    done: list[T] = []
-    for start in range(0, len(calls), size):
-        done += await together(one(call) for call in calls[start : start + size])
-    return done
-
-
-def _connections(port: int, count: int) -> list[Connection]:
-    return [Connection(port) for _ in range(count)]
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {f"p{percent}": percentile(values, percent) for percent in (5, 50, 95, 99)} | {"count": len(values)}
 
 
 # --- runs ------------------------------------------------------------------------------------------------------
@@ -182,13 +134,13 @@ async def first_delta(setup: Setup) -> Findings:
     direct: list[float] = []
     async with setup.server("first_delta") as server:
         client, stub = Connection(server.port), Connection(setup.stub_port)
-        assistant = await _assistant(client, tokens)
+        assistant = await make_assistant(client, tokens)
         for _ in range(warm_up + setup.pick(500, 100)):
-            thread = await _make(client, "/v1/threads", {})
-            await _make(client, f"/v1/threads/{thread}/messages", _message())
-            ours.append((await _run(client, thread, assistant, tokens)).first_ms)
-            direct.append((await _direct(stub, tokens)).first_ms)
-    run, alone = _spread(ours[warm_up:]), _spread(direct[warm_up:])
+            thread = await make(client, "/v1/threads", {})
+            await make(client, f"/v1/threads/{thread}/messages", message())
+            ours.append((await stream_run(client, thread, assistant, tokens)).first_ms)
+            direct.append((await ask_stub(stub, tokens)).first_ms)
+    run, alone = percentiles(ours[warm_up:]), percentiles(direct[warm_up:])
     rows = [row(f"first delta, added, {p}", run[p] - alone[p], "ms", f"stub {alone[p]:.2f} ms") for p in ("p50", "p99")]
     return Findings(rows, {"run_ms": run, "stub_ms": alone})
 
@@ -196,15 +148,15 @@ async def first_delta(setup: Setup) -> Findings:
 async def throughput(setup: Setup) -> Findings:
     """Streamed runs per second: 32 clients; each makes a thread with a message, streams a run on it, and repeats."""
     tokens, clients = 64, 32
-    stubs = _connections(setup.stub_port, clients)
-    ceiling = await loop_for(setup.pick(3, 1), stubs, lambda stub: _direct(stub, tokens))
+    stubs = connect(setup.stub_port, clients)
+    ceiling = await loop_for(setup.pick(3, 1), stubs, lambda stub: ask_stub(stub, tokens))
     deltas: list[int] = []
     async with setup.server("throughput") as server:
-        ours = _connections(server.port, clients)
-        assistant = await _assistant(ours[0], tokens)
+        ours = connect(server.port, clients)
+        assistant = await make_assistant(ours[0], tokens)
 
         async def one_run(client: Connection) -> None:
-            deltas.append(len((await _thread_and_run(client, assistant, tokens)).marks))
+            deltas.append(len((await thread_and_run(client, assistant, tokens)).marks))
 
         cpu_before_s = cpu_s(server.pid)
         pace = await loop_for(setup.pick(8, 3), ours, one_run, warm_up_s=1)
@@ -214,40 +166,11 @@ async def throughput(setup: Setup) -> Findings:
         row("runs, 32 clients × 64 tokens", pace.per_s, "per s", f"driver on the stub {ceiling.per_s:,.0f} per s"),
         row("server CPU per run", cpu_ms, "ms", f"{deltas_per_run:.1f} deltas per run"),
     ]
-    raw = {"runs_per_s": pace.per_s, "thread_and_run_ms": _spread(pace.took_ms), "server_cpu_ms_per_run": cpu_ms}
+    raw = {"runs_per_s": pace.per_s, "thread_and_run_ms": percentiles(pace.took_ms), "server_cpu_ms_per_run": cpu_ms}
     return Findings(rows, raw | {"driver_calls_per_s": ceiling.per_s, "deltas_per_run": deltas_per_run})
 
 
 # --- many streams ----------------------------------------------------------------------------------------------
-
-
-class Swarm(msgspec.Struct):
-    """What became of many streams at once. late_ms: by how much the gap between two texts exceeded the stub's."""
-
-    completed: int
-    first_ms: list[float]
-    late_ms: list[float]
-    failures: list[str]
-
-
-async def _swarm(starts: Sequence[Callable[[], Awaitable[Answer]]], per_s: float = STARTS_PER_S) -> Swarm:
-    """Start all streams, evenly at `per_s` a second, and wait for each until STREAM_LIMIT_S after its start."""
-    swarm = Swarm(0, [], [], [])
-
-    async def one(number: int, start: Callable[[], Awaitable[Answer]]) -> None:
-        await asyncio.sleep(number / per_s)
-        try:
-            async with asyncio.timeout(STREAM_LIMIT_S):
-                answer = await start()
-        except (BenchFailure, OSError, TimeoutError) as failure:
-            swarm.failures.append(f"{type(failure).__name__}: {failure}")
-            return
-        swarm.completed += 1
-        swarm.first_ms.append(answer.first_ms)
-        swarm.late_ms += [(after - before - 1 / STREAM_RATE) * 1000 for before, after in pairwise(answer.marks)]
-
-    await together(one(number, start) for number, start in enumerate(starts))
-    return swarm
 
 
 async def streams(setup: Setup) -> Findings:
@@ -259,18 +182,18 @@ async def streams(setup: Setup) -> Findings:
         direct = await _stub_streams(setup, count)
         ours, server_cpu_s = await _server_streams(setup, count)
         rows += _stream_rows(count, ours, direct, server_cpu_s)
-        raw[str(count)] = {"afterglow": _swarm_raw(ours), "stub": _swarm_raw(direct), "server_cpu_s": server_cpu_s}
+        raw[str(count)] = {"afterglow": swarm_raw(ours), "stub": swarm_raw(direct), "server_cpu_s": server_cpu_s}
     burst, _ = await _server_streams(setup, 500, BURST_TOKENS, 500)
     if burst.completed:
         beside = f"{burst.completed} of 500 complete"
         rows.append(row("500 streams in 1 s, first delta, p99", percentile(burst.first_ms, 99), "ms", beside))
-    raw["burst"] = _swarm_raw(burst)
+    raw["burst"] = swarm_raw(burst)
     return Findings(rows, raw)
 
 
 async def _stub_streams(setup: Setup, count: int) -> Swarm:
-    stubs = _connections(setup.stub_port, count)
-    swarm = await _swarm([partial(_direct, stub, STREAM_TOKENS, STREAM_RATE) for stub in stubs])
+    stubs = connect(setup.stub_port, count)
+    swarm = await swarm_of([partial(ask_stub, stub, STREAM_TOKENS, STREAM_RATE) for stub in stubs])
     for stub in stubs:
         stub.close()
     return swarm
@@ -281,12 +204,14 @@ async def _server_streams(
 ) -> tuple[Swarm, float]:
     """The streams, and the CPU seconds that the server spent on them."""
     async with setup.server(f"streams_{count}") as server:
-        clients = _connections(server.port, count)
-        assistant = await _assistant(clients[0], tokens, STREAM_RATE)
-        threads = await _in_batches([partial(_thread, client) for client in clients])
+        clients = connect(server.port, count)
+        assistant = await make_assistant(clients[0], tokens, STREAM_RATE)
+        threads = await in_batches([partial(make_thread, client) for client in clients])
         before_s = cpu_s(server.pid)
         pairs = zip(clients, threads, strict=True)
-        swarm = await _swarm([partial(_run, client, thread, assistant, tokens) for client, thread in pairs], per_s)
+        swarm = await swarm_of(
+            [partial(stream_run, client, thread, assistant, tokens) for client, thread in pairs], per_s
+        )
         return swarm, cpu_s(server.pid) - before_s
 
 
@@ -304,10 +229,10 @@ def _stream_rows(count: int, ours: Swarm, direct: Swarm, server_cpu_s: float) ->
     return rows
 
 
-def _swarm_raw(swarm: Swarm) -> dict[str, Any]:
+def swarm_raw(swarm: Swarm) -> dict[str, Any]:
     raw: dict[str, Any] = {"completed": swarm.completed, "failures": swarm.failures[:5]}
-    if swarm.completed:
-        raw |= {"first_delta_ms": _spread(swarm.first_ms), "late_ms": _spread(swarm.late_ms)}
+    if swarm.first_ms:
+        raw |= {"first_delta_ms": percentiles(swarm.first_ms), "late_ms": percentiles(swarm.late_ms)}
     return raw
 
 
@@ -322,10 +247,10 @@ async def memory(setup: Setup) -> Findings:
     _need_proc()
     count = setup.pick(500, 200)
     async with setup.server("memory") as server:
-        makers = _connections(server.port, 20)
-        slow, at_once = await _assistant(makers[0], 60, 1), await _assistant(makers[0], 64)
-        await _in_batches([partial(_thread_and_run, maker, at_once, 64) for maker in makers * 5], 20)
-        threads = await _in_batches([partial(_thread, makers[number % 20]) for number in range(count)], 20)
+        makers = connect(server.port, 20)
+        slow, at_once = await make_assistant(makers[0], 60, 1), await make_assistant(makers[0], 64)
+        await in_batches([partial(thread_and_run, maker, at_once, 64) for maker in makers * 5], 20)
+        threads = await in_batches([partial(make_thread, makers[number % 20]) for number in range(count)], 20)
         await asyncio.sleep(1)
         before = memory_of(server.pid)
         after = await _memory_of_open(server, threads, slow)
@@ -336,9 +261,9 @@ async def memory(setup: Setup) -> Findings:
 
 async def _memory_of_open(server: Server, threads: Sequence[str], assistant: str) -> Memory:
     """Open a stream on each thread, wait until each has sent text, and read the server's memory while all are open."""
-    clients = _connections(server.port, len(threads))
+    clients = connect(server.port, len(threads))
     pairs = zip(clients, threads, strict=True)
-    runs = [asyncio.create_task(_run(client, thread, assistant, 60)) for client, thread in pairs]
+    runs = [asyncio.create_task(stream_run(client, thread, assistant, 60)) for client, thread in pairs]
     try:
         async with asyncio.timeout(20):
             while not all(client.marks for client in clients):
@@ -368,16 +293,16 @@ def _need_proc() -> None:
 
 async def crud(setup: Setup) -> Findings:
     """Plain requests: latency with one client, rate with 64; each client has a thread of 20 messages of its own."""
-    stubs = _connections(setup.stub_port, 64)
+    stubs = connect(setup.stub_port, 64)
     ceiling = await _alone_and_together(setup, stubs, lambda stub: stub.ask("GET", "/v1/models"))
     async with setup.server("crud") as server:
-        clients = _connections(server.port, 64)
-        made = await _in_batches([partial(_thread, client, 20) for client in clients])
+        clients = connect(server.port, 64)
+        made = await in_batches([partial(make_thread, client, 20) for client in clients])
         at = {client: f"/v1/threads/{thread}" for client, thread in zip(clients, made, strict=True)}
         kinds: dict[str, Callable[[Connection], Awaitable[Answer]]] = {
             "read a thread": lambda client: client.ask("GET", at[client]),
             "list 20 messages": lambda client: client.ask("GET", f"{at[client]}/messages"),
-            "post a message": lambda client: client.ask("POST", f"{at[client]}/messages", _message()),
+            "post a message": lambda client: client.ask("POST", f"{at[client]}/messages", message()),
             "create a thread": lambda client: client.ask("POST", "/v1/threads", {}),
         }
         paces = {what: await _alone_and_together(setup, clients, ask) for what, ask in kinds.items()}
@@ -406,7 +331,7 @@ def _crud_rows(what: str, paces: tuple[Pace, Pace], ceiling: tuple[Pace, Pace]) 
 
 
 def _crud_raw(alone: Pace, crowd: Pace) -> dict[str, Any]:
-    return {"alone_ms": _spread(alone.took_ms), "crowd_ms": _spread(crowd.took_ms), "crowd_per_s": crowd.per_s}
+    return {"alone_ms": percentiles(alone.took_ms), "crowd_ms": percentiles(crowd.took_ms), "crowd_per_s": crowd.per_s}
 
 
 # --- long threads ----------------------------------------------------------------------------------------------
@@ -426,7 +351,7 @@ async def long_threads(setup: Setup) -> Findings:
     fill_s: dict[str, float] = {}
     async with setup.server("long_threads") as server:
         client = Connection(server.port)
-        assistant = await _assistant(client, 8)
+        assistant = await make_assistant(client, 8)
         threads: dict[str, str] = {}
         order = random.Random(1)  # a fixed order can keep step with something periodic, such as garbage collection
         for name, count in LONG.items():
@@ -438,21 +363,21 @@ async def long_threads(setup: Setup) -> Findings:
                 sink = took_ms.setdefault(name, {})
                 await _one_of_each(client, threads.get(name), assistant, sink)
     rows = [line for name in threads for line in _long_rows(name, took_ms)]
-    raw = {name: {kind: _spread(values) for kind, values in kinds.items()} for name, kinds in took_ms.items()}
+    raw = {name: {kind: percentiles(values) for kind, values in kinds.items()} for name, kinds in took_ms.items()}
     return Findings(rows, {"took_ms": raw, "fill_s": fill_s})
 
 
 async def _one_of_each(client: Connection, long: str | None, assistant: str, sink: dict[str, list[float]]) -> None:
     # New threads are made in every turn: a request that follows others at once is faster than one after a pause.
-    listed, thread = await _thread(client, 20), await _thread(client, 10)
+    listed, thread = await make_thread(client, 20), await make_thread(client, 10)
     if long:
         listed = thread = long
     tail: dict[str, object] = {"truncation_strategy": {"type": "last_messages", "last_messages": 10}}
     answers = {
         LIST: expect(await client.ask("GET", f"/v1/threads/{listed}/messages?limit=20")),
-        APPEND: expect(await client.ask("POST", f"/v1/threads/{thread}/messages", _message())),
-        RUN: await _run(client, thread, assistant, 8),
-        SHORT_RUN: await _run(client, thread, assistant, 8, **tail),
+        APPEND: expect(await client.ask("POST", f"/v1/threads/{thread}/messages", message())),
+        RUN: await stream_run(client, thread, assistant, 8),
+        SHORT_RUN: await stream_run(client, thread, assistant, 8, **tail),
     }
     for kind, answer in answers.items():
         sink.setdefault(kind, []).append(answer.took_ms)
@@ -460,9 +385,9 @@ async def _one_of_each(client: Connection, long: str | None, assistant: str, sin
 
 async def _long_thread(server: Server, count: int) -> str:
     """Make a thread of so many messages: with the thread as far as the server takes them, the rest one by one."""
-    clients = _connections(server.port, 64)
+    clients = connect(server.port, 64)
     for with_thread in (count, 10_000, 1_000, 0):
-        body = {"messages": [_message()] * with_thread}
+        body = {"messages": [message()] * with_thread}
         answer = await clients[0].ask("POST", "/v1/threads", body)
         if answer.status == 200:
             break
@@ -475,7 +400,7 @@ async def _long_thread(server: Server, count: int) -> str:
 
 async def _append(client: Connection, thread: str, count: int) -> None:
     for _ in range(count):
-        expect(await client.ask("POST", f"/v1/threads/{thread}/messages", _message()))
+        expect(await client.ask("POST", f"/v1/threads/{thread}/messages", message()))
 
 
 def _long_rows(name: str, took_ms: dict[str, dict[str, list[float]]]) -> Iterable[Row]:
@@ -515,10 +440,10 @@ async def _start_s(setup: Setup, folder: str) -> float:
 
 async def _use_folder(setup: Setup, folder: str) -> None:
     async with setup.server(folder) as server:
-        clients = _connections(server.port, 20)
-        assistant = await _assistant(clients[0], 64)
-        await _in_batches([partial(_thread_and_run, client, assistant, 64) for client in clients * 10], 20)
-        await _thread(clients[0], 5_000)
+        clients = connect(server.port, 20)
+        assistant = await make_assistant(clients[0], 64)
+        await in_batches([partial(thread_and_run, client, assistant, 64) for client in clients * 10], 20)
+        await make_thread(clients[0], 5_000)
 
 
 # --- the code interpreter --------------------------------------------------------------------------------------
@@ -608,6 +533,143 @@ async def retrieval(setup: Setup) -> Findings:
     return Findings(rows, {"collections": [str(folder) for folder in setup.collections]})
 
 
+# --- several processes on one Postgres -------------------------------------------------------------------------
+
+SHAPES: dict[str, tuple[Part, ...]] = {
+    "1 process": ("all",),
+    "2 processes": ("api", "worker"),
+    "4 processes": ("api", "api", "worker", "worker"),
+}
+SUSTAINED_FIRST_MS = 500
+
+
+async def several_processes(setup: Setup) -> Findings:
+    """What the cluster shape costs beside the laptop shape: with 1, 2 and 4 processes on one Postgres."""
+    if not setup.postgres:
+        return Findings([], {"skipped": "no Postgres given: --postgres URL"})
+    findings = Findings([], {})
+    async with setup.server("laptop") as server:
+        await _measure_shape(setup, findings, "laptop", ("all",), [server])
+    async with cluster.fresh_database(setup.postgres) as url:
+        shared = cluster.Cluster(setup.program, setup.folder / "cluster", setup.stub_port, url)
+        for shape, parts in SHAPES.items():
+            if setup.quick and shape != "2 processes":
+                continue
+            before = await cluster.load_so_far(url)
+            async with shared.processes(*parts) as processes:
+                await _measure_shape(setup, findings, shape, parts, processes)
+            _add_load(findings, shape, (await cluster.load_so_far(url)).since(before))
+        await _measure_pick_up(setup, findings, shared)
+        if setup.large:
+            await _measure_sustained(findings, shared)
+            await _measure_growth(findings, shared)
+    return findings
+
+
+async def _measure_shape(
+    setup: Setup, findings: Findings, shape: str, parts: Sequence[Part], processes: Sequence[Server]
+) -> None:
+    """Memory at rest; one client's first text; 32 clients' runs; a token's way to its client; memory after that."""
+    await asyncio.sleep(0.5)
+    rest = cluster.memory(parts, processes)
+    ports = [server.port for part, server in zip(parts, processes, strict=True) if part != "worker"]
+    ours, direct = await cluster.first_delta(ports[0], setup.stub_port, setup.pick(150, 30))
+    run, alone = percentiles(ours), percentiles(direct)
+    pace, used_ms = await cluster.throughput(ports, [server.pid for server in processes], setup.pick(5, 1))
+    name = f"cluster: {shape}"
+    used = ", ".join(f"{part} {ms:.1f}" for part, ms in zip(parts, used_ms, strict=True))
+    findings.rows += [
+        row(f"{name}, first delta, added, {p}", run[p] - alone[p], "ms", f"stub {alone[p]:.2f} ms")
+        for p in ("p50", "p99")
+    ]
+    findings.rows.append(row(f"{name}, runs, 32 clients × 64 tokens", pace.per_s, "per s", f"CPU ms per run: {used}"))
+    found = findings.raw[shape] = {"run_ms": run, "stub_ms": alone, "runs_per_s": pace.per_s, "cpu_ms": used_ms}
+    if shape in ("laptop", "2 processes"):
+        await _measure_events(setup, findings, shape, ports[0])
+    loaded = cluster.memory(parts, processes)
+    found |= {"thread_and_run_ms": percentiles(pace.took_ms), "at_rest": rest, "after_load": loaded}
+    if shape in ("laptop", "2 processes"):
+        for part, before, after in zip(parts, rest, loaded, strict=True):
+            beside = (
+                f"RSS {before.rss_kb / 1024:.1f} MB; after load {after.pss_kb / 1024:.1f}, {after.rss_kb / 1024:.1f}"
+            )
+            findings.rows.append(row(f"{name}, {part}, memory at rest (PSS)", before.pss_kb / 1024, "MB", beside))
+
+
+async def _measure_events(setup: Setup, findings: Findings, shape: str, port: int) -> None:
+    runs, tokens = 50, setup.pick(60, 15)
+    direct = percentiles(await cluster.stub_latency(setup.stub_port, runs, tokens))
+    ours = percentiles(await cluster.event_latency(port, runs, tokens))
+    findings.rows += [
+        row(f"cluster: {shape}, token to client, {p}", ours[p], "ms", f"from the stub {direct[p]:.2f} ms")
+        for p in ("p50", "p99")
+    ]
+    findings.raw[shape] |= {"token_ms": ours, "token_from_stub_ms": direct}
+
+
+def _add_load(findings: Findings, shape: str, per_run: dict[str, float]) -> None:
+    """What a run, with its thread and its reader, is to Postgres."""
+    findings.raw[shape]["postgres_per_run"] = per_run
+    if "statements" in per_run:
+        findings.rows.append(row(f"cluster: {shape}, statements per run", per_run["statements"], ""))
+    beside = f"{per_run['rows']:.1f} rows written"
+    findings.rows.append(row(f"cluster: {shape}, transactions per run", per_run["transactions"], "", beside))
+    findings.rows.append(row(f"cluster: {shape}, WAL per run", per_run["wal_bytes"] / 1024, "KB"))
+
+
+async def _measure_pick_up(setup: Setup, findings: Findings, shared: cluster.Cluster) -> None:
+    lease_s = setup.pick(10.0, 2.0)
+    settings = {"AFTERGLOW_RUN_LEASE_S": str(lease_s), "AFTERGLOW_DRAIN_S": "0"}
+    found = [await cluster.pick_up(replace(shared, settings=settings)) for _ in range(setup.pick(2, 1))]
+    taken = [seconds for times in found for seconds in times.taken_s]
+    late = [seconds for times in found for seconds in times.late_s]
+    silent = [seconds for times in found for seconds in times.silent_s]
+    beside = f"lease {lease_s:g} s; the client has text again after {max(silent):.1f} s"
+    findings.rows += [
+        row("cluster: kill -9 of a worker to the pick-up, slowest", max(taken), "s", beside),
+        row("cluster: pick-up after the lease's end, slowest", max(late), "s", f"quickest {min(late):.2f} s"),
+    ]
+    findings.raw["pick_up"] = {"taken_s": taken, "late_s": late, "silent_s": silent, "lease_s": lease_s}
+
+
+async def _measure_sustained(findings: Findings, shared: cluster.Cluster) -> None:
+    """How many runs an API process and a worker sustain: in steps of 100, until the first text is late."""
+    sustained, levels, raw = 0, [], {}
+    async with shared.processes("api", "worker") as (api, _):
+        for count in range(100, 2001, 100):
+            swarm = await cluster.sustained(api.port, count)
+            raw[str(count)] = swarm_raw(swarm)
+            first_ms = percentile(swarm.first_ms, 99) if swarm.first_ms else math.inf
+            levels.append(f"{count}: {first_ms:.0f} ms" + (f", {swarm.failures[0][:60]}" if swarm.failures else ""))
+            if swarm.failures or first_ms > SUSTAINED_FIRST_MS:
+                break
+            sustained = count
+    what = f"cluster: runs at once, first delta p99 ≤ {SUSTAINED_FIRST_MS} ms"
+    findings.rows.append(row(what, sustained, "", "; ".join(levels)))
+    findings.raw["sustained"] = raw
+
+
+async def _measure_growth(findings: Findings, shared: cluster.Cluster) -> None:
+    """Calls before and after 1,000,000 runs and 10,000,000 messages were added, under running processes."""
+    async with shared.processes("api", "worker") as (api, _):
+        before = await cluster.call_times(api.port, await cluster.long_threads(api.port, 20), 100)
+        filled = await cluster.fill(shared.url, api.port)
+        numbers = random.Random(2).sample(range(1, cluster.THREADS + 1), 1000)
+        threads = [cluster.filled_thread(number) for number in numbers]
+        at_once = await cluster.call_times(api.port, threads, 100)
+        await cluster.analyze(shared.url)
+        after = await cluster.call_times(api.port, threads, 100)
+    for what, took in after.items():
+        was, at_first = percentile(before[what], 50), percentile(at_once[what], 50)
+        beside = f"p50 {percentile(took, 50):.2f} ms; empty {was:.2f}; full, not yet analyzed {at_first:.2f}"
+        findings.rows.append(row(f"cluster: 10,000,000 messages: {what}", percentile(took, 50) / was, "×", beside))
+    spread = {
+        when: {what: percentiles(ms) for what, ms in took.items()}
+        for when, took in (("empty", before), ("full", at_once), ("analyzed", after))
+    }
+    findings.raw["growth"] = {"filled": filled, **spread}
+
+
 SCENARIOS: dict[str, Callable[[Setup], Awaitable[Findings]]] = {
     "start": start,
     "first_delta": first_delta,
@@ -619,4 +681,5 @@ SCENARIOS: dict[str, Callable[[Setup], Awaitable[Findings]]] = {
     "code_interpreter": code_interpreter,
     "file_search": file_search,
     "retrieval": retrieval,
+    "cluster": several_processes,
 }

@@ -1,7 +1,9 @@
 """A chat-completions server that costs next to nothing, so that what is measured is Afterglow.
 
 The model's name says how it answers: `stub:tokens=64,rate=20` sends 64 tokens, 20 a second, the first at once;
-`rate=0` sends all of them in one write. Usage is reported as a real server does it. Requests are not pipelined.
+`rate=0` sends all of them in one write. With `stamped=1`, which needs a rate, each token is `@` and the time it was
+sent, in seconds of `perf_counter`, which all processes of a machine share. Usage is reported as a real server does it.
+Requests are not pipelined.
 
     python -m bench.stub [--host 127.0.0.1] [--port 0]      prints its base URL, then serves until it is ended
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 from functools import lru_cache
+from time import perf_counter
 from typing import cast
 
 import httptools
@@ -23,10 +26,12 @@ HEAD = {"id": "chatcmpl-stub", "object": "chat.completion.chunk", "created": 170
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How to answer. tokens: how many; rate: tokens per second, 0 for all at once."""
+    """How to answer. tokens: how many; rate: tokens per second, 0 for all at once; stamped: they say when they were
+    sent."""
 
     tokens: int = 16
     rate: float = 0.0
+    stamped: bool = False
 
 
 class Part(msgspec.Struct):
@@ -51,16 +56,18 @@ class Request(msgspec.Struct):
 
 
 class Script(msgspec.Struct, frozen=True):
-    """A streamed answer, ready to send but for the usage. opening: the HTTP head and the chunk that says the role."""
+    """A streamed answer, ready to send but for the usage. opening: the HTTP head and the chunk that says the role.
+    stamped: the model's name, if the tokens are to be stamps."""
 
     opening: bytes
     tokens: list[bytes]
     ending: bytes
+    stamped: str
 
 
-def model_name(tokens: int, rate: float = 0.0) -> str:
+def model_name(tokens: int, rate: float = 0.0, *, stamped: bool = False) -> str:
     """The model to ask for."""
-    return f"{PREFIX}tokens={tokens},rate={rate:g}"
+    return f"{PREFIX}tokens={tokens},rate={rate:g}" + (",stamped=1" if stamped else "")
 
 
 def text_of(tokens: int) -> str:
@@ -88,16 +95,22 @@ def plan_for(model: str) -> Plan:
 def script_for(model: str) -> Script:
     """Everything of a streamed answer that does not depend on the prompt."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+    plan = plan_for(model)
     return Script(
         opening=head + _chunk(model, {"role": "assistant"}),
-        tokens=[_chunk(model, {"content": _token(number)}) for number in range(plan_for(model).tokens)],
+        tokens=[_chunk(model, {"content": _token(number)}) for number in range(plan.tokens)],
         ending=_chunk(model, {}, finish_reason="stop"),
+        stamped=model if plan.stamped else "",
     )
 
 
 def _chunk(model: str, delta: dict[str, str], finish_reason: str | None = None) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return _framed(msgspec.json.encode({**HEAD, "model": model, "choices": [choice]}))
+
+
+def _stamp(model: str) -> bytes:
+    return _chunk(model, {"content": f"@{perf_counter():.6f} "})
 
 
 def _framed(data: bytes) -> bytes:
@@ -212,7 +225,7 @@ class StubProtocol(asyncio.Protocol):
         if number == len(script.tokens):
             self._transport.write(ending)
             return
-        self._transport.write(script.tokens[number])
+        self._transport.write(_stamp(script.stamped) if script.stamped else script.tokens[number])
         due = start + (number + 1) * period
         self._timer = self._loop().call_at(due, self._send_token, script, ending, number + 1, start, period)
 
