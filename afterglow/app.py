@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route, Router
@@ -20,8 +21,19 @@ from afterglow.access import Access, check_exposure
 from afterglow.api import about, assistants, files, inspection, runs, threads, uploads, vector_stores
 from afterglow.api import models as models_api
 from afterglow.api.description import describe
-from afterglow.api.edge import Edge
-from afterglow.contracts import ChatModels, Clock, CodeEngine, Embedder, House, SearchIndex, Store, Transaction
+from afterglow.api.edge import METRICS_PATH, Edge
+from afterglow.contracts import (
+    Blobs,
+    ChatModels,
+    Clock,
+    CodeEngine,
+    Embedder,
+    House,
+    SearchIndex,
+    Store,
+    Traces,
+    Transaction,
+)
 from afterglow.declared import declare_assistants
 from afterglow.embeddings import EmbeddingServer
 from afterglow.errors import ConfigError, NotFound, StoreError
@@ -30,9 +42,11 @@ from afterglow.files import sweep_blobs
 from afterglow.ingest.parse import Parsers
 from afterglow.ingest.pipeline import Parser, Pipeline
 from afterglow.llm import Models
+from afterglow.metrics import Metrics
 from afterglow.offline import OfflineModel
 from afterglow.outbound import GuardedFetcher
 from afterglow.queue.local import LocalQueue
+from afterglow.rows.moves import unfinished_move
 from afterglow.rows.requests import mark_answered
 from afterglow.rows.runs import release_leases
 from afterglow.rows.vector_store_files import release_jobs
@@ -41,12 +55,16 @@ from afterglow.sandbox.choice import FirstOf
 from afterglow.sandbox.docker import DockerEngine
 from afterglow.sandbox.local import NativeEngine
 from afterglow.sandbox.off import NoEngine
+from afterglow.sandbox.remote import RemoteEngine
 from afterglow.search.embedded import EmbeddedIndex
 from afterglow.settings import Settings
-from afterglow.store.blobs import LocalBlobs
-from afterglow.store.sqlite import SqliteStore
+from afterglow.store.blobs import LocalBlobs, check_data_folder
+from afterglow.store.locks import LocalLocks
+from afterglow.store.sqlite import READERS, SqliteStore
 from afterglow.telemetry import log
+from afterglow.threads import gone_event
 
+Part = Literal["all", "api", "worker"]
 STORE = "/vector_stores/{vector_store_id}"
 # (method, path below /v1, what answers it)
 ROUTES = [
@@ -115,6 +133,9 @@ FORWARDED_METHODS = ["GET", "POST", "DELETE"]
 PREFIXES = ("/v1", "/openai/v1", "/openai")  # Azure clients leave the version to ?api-version=
 
 ANSWERED_FLUSH_S = 1.0
+FOLDER_NOTED_EVERY_S = 3600
+CLUSTER_FLUSH_MS = 20  # others read streamed text from the database
+CODE_ELSEWHERE = ("Code is run by the workers.", "")
 CODE_OFF = ("The setting code_interpreter is off.", "Set it to `auto`.")
 CORS_EXPOSED = ["x-request-id", "openai-poll-after-ms", "openai-processing-ms"]
 
@@ -181,6 +202,7 @@ def build_code_engine(settings: Settings) -> CodeEngine:
         "auto": lambda: FirstOf([NativeEngine(settings), DockerEngine(settings)]),
         "native": lambda: NativeEngine(settings),
         "docker": lambda: DockerEngine(settings),
+        "remote": lambda: RemoteEngine(settings),
         "off": lambda: NoEngine(*CODE_OFF),
     }
     return engines[settings.code_interpreter]()
@@ -189,6 +211,17 @@ def build_code_engine(settings: Settings) -> CodeEngine:
 def build_embedder(settings: Settings) -> Embedder | None:
     """The server of embeddings, if the settings name one. Raises ConfigError."""
     return EmbeddingServer(settings) if settings.embedding_url else None
+
+
+def build_traces(settings: Settings) -> Traces | None:
+    """Where traces of runs go, if the settings say so. Raises ConfigError."""
+    if not settings.trace_url:
+        return None
+    try:
+        from afterglow.traces import OtlpTraces
+    except ModuleNotFoundError:
+        raise ConfigError("trace_url needs OpenTelemetry. Install it: pip install 'afterglow[otel]'") from None
+    return OtlpTraces(settings.trace_url)
 
 
 def build_index(settings: Settings) -> SearchIndex:
@@ -203,13 +236,62 @@ def build_parser(settings: Settings) -> Parser:
 
 @contextlib.asynccontextmanager
 async def open_store(settings: Settings) -> AsyncIterator[Store]:
-    """The data folder's database alone, also beside a running server. Raises ConfigError or StoreError."""
-    make_data_folder(Path(settings.data))
-    store = SqliteStore(database_path(settings), readers=1)
+    """The database alone, also beside running servers. Raises ConfigError or StoreError."""
+    store = await _open_store(settings, sqlite_readers=1)
     try:
         yield store
     finally:
         await store.close()
+
+
+@contextlib.asynccontextmanager
+async def open_place(settings: Settings) -> AsyncIterator[tuple[Store, Blobs, SearchIndex]]:
+    """Everything that is kept: rows, bytes and index. Raises ConfigError or StoreError."""
+    async with contextlib.AsyncExitStack() as opened:
+        store = await _open_store(settings)
+        opened.push_async_callback(store.close)
+        yield store, await _open_blobs(settings, opened), await _open_index(settings, opened)
+
+
+async def _open_store(settings: Settings, *, sqlite_readers: int = READERS) -> Store:
+    if settings.database_url:
+        from afterglow.store.postgres import PostgresStore
+
+        return await PostgresStore.open(
+            settings.database_url,
+            connections=settings.database_connections,
+            pooled=bool(settings.database_listen_url),
+            silence_s=settings.run_lease_s / 2,
+        )
+    make_data_folder(Path(settings.data))
+    return SqliteStore(database_path(settings), readers=sqlite_readers)
+
+
+async def _open_blobs(settings: Settings, opened: contextlib.AsyncExitStack) -> Blobs:
+    if settings.blob_url:
+        from afterglow.store.object_blobs import ObjectBlobs
+
+        objects = ObjectBlobs(settings.blob_url, settings.blob_options)
+        await objects.check()
+        blobs: Blobs = objects
+    else:
+        make_data_folder(Path(settings.data))
+        blobs = LocalBlobs(blobs_path(settings))
+    opened.push_async_callback(blobs.close)
+    return blobs
+
+
+async def _open_index(settings: Settings, opened: contextlib.AsyncExitStack) -> SearchIndex:
+    if not settings.database_url:
+        index = build_index(settings)
+    else:
+        from afterglow.search.postgres import PostgresIndex
+
+        connections = max(2, settings.database_connections // 3)
+        pooled = bool(settings.database_listen_url)
+        index = await PostgresIndex.open(settings.database_url, connections=connections, pooled=pooled)
+    opened.push_async_callback(index.close)
+    return index
 
 
 class Application:
@@ -220,9 +302,10 @@ class Application:
         self.worker = worker
         self.pipeline = pipeline
         self._answered: list[tuple[str, str]] = []
-        self._marking: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         router = Router(_routes(), redirect_slashes=False, default=_no_route)
-        self._app: ASGIApp = Edge(_Routed(router), house, access, self._note_answered, settings.root_path)
+        self._routed = _Routed(router)
+        self._app: ASGIApp = Edge(self._routed, house, access, self._note_answered, settings.root_path)
         if settings.allowed_origins:
             self._app = CORSMiddleware(
                 self._app,
@@ -235,14 +318,23 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
 
-    async def start(self) -> None:
+    async def start(self, *, work: bool) -> None:
+        """work: execute runs and index files, too."""
         self.house.code_engine.start()
-        await self.worker.start()
-        await self.pipeline.start()
-        self._marking = asyncio.create_task(self._mark_forever())
+        if work:
+            await self.worker.start()
+            await self.pipeline.start()
+        self._tasks = [asyncio.create_task(self._mark_forever()), asyncio.create_task(self._note_folder_forever())]
 
     def _note_answered(self, project: str, request_id: str) -> None:
         self._answered.append((project, request_id))
+
+    async def _note_folder_forever(self) -> None:
+        """Others who start with a folder of their own learn that this one is in use."""
+        while True:
+            await asyncio.sleep(FOLDER_NOTED_EVERY_S)
+            with contextlib.suppress(StoreError):
+                await _check_folder(self.house)
 
     async def _mark_forever(self) -> None:
         while True:
@@ -258,7 +350,14 @@ class Application:
             await mark_answered(tx, answered)
 
         with contextlib.suppress(StoreError):  # a mark that is missing costs a retry its match, nothing more
-            await self.house.store.write(work)
+            await self.house.store.write(work, rowwise=True)
+
+    async def drain(self) -> None:
+        """Take no more work, and let what is in hand end, for up to `drain_s`. Requests are still answered."""
+        self._routed.draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.house.settings.drain_s):
+                await asyncio.gather(self.worker.drain(), self.pipeline.drain())
 
     async def end_streams(self) -> None:
         """Let go of everyone who waits, so that connections can be closed."""
@@ -269,16 +368,14 @@ class Application:
         await self.pipeline.close()
         await self.house.code_engine.close()
         await self.house.events.close()
-        if self._marking is not None:
-            self._marking.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._mark()
-        await self.house.models.close()
         await self.house.images.close()
         if self.house.embedder is not None:
             await self.house.embedder.close()
-        await self.house.index.close()
-        await self.house.blobs.close()
-        await self.house.store.close()
+        if self.house.traces is not None:
+            await self.house.traces.close()
 
 
 class _Routed:
@@ -286,6 +383,7 @@ class _Routed:
 
     def __init__(self, router: Router) -> None:
         self._router = router
+        self.draining = False
 
     @cached_property
     def openapi(self) -> bytes:
@@ -298,6 +396,7 @@ class _Routed:
 
 def _routes() -> list[BaseRoute]:
     routes: list[BaseRoute] = [Route(path, act, methods=[method]) for method, path, act in OPEN_ROUTES]
+    routes.append(Route(METRICS_PATH, about.metrics))
     for prefix in PREFIXES:
         routes += [Route(prefix + path, act, methods=[method]) for method, path, act in ROUTES]
         routes += [Route(prefix + path, models_api.forward, methods=FORWARDED_METHODS) for path in models_api.FORWARDED]
@@ -313,64 +412,144 @@ async def _no_route(scope: Scope, receive: Receive, send: Send) -> None:
 async def open_application(
     settings: Settings,
     *,
+    part: Part = "all",
     models: ChatModels | None = None,
     clock: Clock | None = None,
     code_engine: CodeEngine | None = None,
     parser: Parser | None = None,
     embedder: Embedder | None = None,
+    store: Store | None = None,
 ) -> AsyncIterator[Application]:
-    """Build the laptop shape: everything in this process, on SQLite and a folder.
+    """Build the shape that the settings ask for: everything in this process, on SQLite and a folder; or, with
+    `database_url`, one of many processes that share a Postgres.
 
-    models, clock, code_engine, parser, embedder: in place of the real ones, for tests. Raises ConfigError, with the
-    way out, for whatever is wrong before the first request.
+    part: `api` answers requests and executes no runs, `worker` the other way round. models, clock, code_engine, parser,
+    embedder, store: in place of the real ones, for tests. Raises ConfigError, with the way out, for whatever is wrong
+    before the first request.
     """
-    folder = DataFolder(Path(settings.data))
-    try:
+    async with contextlib.AsyncExitStack() as opened:
+        if not settings.database_url:
+            opened.callback(DataFolder(Path(settings.data)).close)
         application = await _build(
-            settings, models or build_models(settings), clock or _Clock(), code_engine, parser, embedder
+            settings,
+            opened,
+            part,
+            models or build_models(settings),
+            clock or _Clock(),
+            code_engine or (NoEngine(*CODE_ELSEWHERE) if part == "api" else build_code_engine(settings)),
+            parser or build_parser(settings),
+            embedder or build_embedder(settings),
+            store,
         )
-        await application.start()
-        try:
-            yield application
-        finally:
-            await application.close()
-    finally:
-        folder.close()
+        opened.push_async_callback(application.close)
+        await application.start(work=part != "api")
+        yield application
 
 
 async def _build(
     settings: Settings,
+    opened: contextlib.AsyncExitStack,
+    part: Part,
     models: ChatModels,
     clock: Clock,
-    code_engine: CodeEngine | None,
-    parser: Parser | None = None,
-    embedder: Embedder | None = None,
+    code_engine: CodeEngine,
+    parser: Parser,
+    embedder: Embedder | None,
+    store: Store | None = None,
 ) -> Application:
-    store = SqliteStore(database_path(settings))
-    await check_exposure(settings, store)
-    events = LocalEvents(store, clock, flush_ms=settings.event_flush_ms, keep_alive_s=settings.keep_alive_s)
+    """opened: takes what must be closed after the application."""
+    opened.push_async_callback(models.close)
+    store = store or await _open_store(settings)
+    opened.push_async_callback(store.close)
+    if source := await store.read(unfinished_move):
+        raise ConfigError(f"The database is being filled from {source}: run `afterglow migrate` to its end first.")
+    if part != "worker":
+        await check_exposure(settings, store)
+    metrics = Metrics()
+    plugs = (_cluster if settings.database_url else _laptop)(settings, clock, store, metrics, opened)
     house = House(
         settings=settings,
         clock=clock,
         store=store,
-        events=events,
-        queue=LocalQueue(),
         models=models,
         images=GuardedFetcher(allow_private=settings.private_images),
-        blobs=LocalBlobs(blobs_path(settings)),
-        code_engine=code_engine or build_code_engine(settings),
-        ingest_queue=LocalQueue(),
-        index=build_index(settings),
-        embedder=embedder or build_embedder(settings),
+        blobs=await _open_blobs(settings, opened),
+        code_engine=code_engine,
+        index=await _open_index(settings, opened),
+        embedder=embedder,
+        metrics=metrics,
+        traces=build_traces(settings),
+        **plugs,
     )
-    events.start()
-    # Nobody else can be at work on this folder: whatever was in progress may be taken over at once.
-    if left := await store.write(release_leases):
-        log.warning("%d runs were in progress when the server last stopped; they go on now.", left)
-    if left := await store.write(release_jobs):
-        log.warning("%d files were being indexed when the server last stopped; they are indexed now.", left)
-    await sweep_blobs(house, math.inf)
+    await _check_folder(house)
+    if not settings.database_url:
+        await _take_over(house)
     if settings.assistants:
         await declare_assistants(house, settings.assistants)
-    pipeline = Pipeline(house, parser or build_parser(settings))
-    return Application(settings, house, Worker(house), pipeline, Access(settings, store, clock))
+    access = Access(settings, store, clock)
+    return Application(settings, house, Worker(house), Pipeline(house, parser), access)
+
+
+def _laptop(
+    settings: Settings, clock: Clock, store: Store, metrics: Metrics, opened: contextlib.AsyncExitStack
+) -> dict[str, Any]:
+    """What tells one process of itself."""
+    events = LocalEvents(
+        store,
+        clock,
+        flush_ms=settings.event_flush_ms,
+        keep_alive_s=settings.keep_alive_s,
+        on_flush=metrics.event_flush_rows.observe,
+    )
+    opened.push_async_callback(events.close)
+    events.start()
+    return {"events": events, "queue": LocalQueue(), "ingest_queue": LocalQueue(), "locks": LocalLocks()}
+
+
+def _cluster(
+    settings: Settings, clock: Clock, store: Store, metrics: Metrics, opened: contextlib.AsyncExitStack
+) -> dict[str, Any]:
+    """What tells processes that share a Postgres of one another."""
+    from afterglow.events.postgres import PostgresEvents
+    from afterglow.queue.postgres import PostgresQueue
+    from afterglow.store.locks import PostgresLocks
+    from afterglow.store.notify import Notifier
+
+    direct = settings.database_listen_url or settings.database_url
+    notifier, locks = Notifier(direct), PostgresLocks(direct)
+    events = PostgresEvents(
+        store,
+        clock,
+        notifier,
+        gone=gone_event(),
+        flush_ms=min(settings.event_flush_ms, CLUSTER_FLUSH_MS),
+        keep_alive_s=settings.keep_alive_s,
+        on_flush=metrics.event_flush_rows.observe,
+    )
+    plugs = {
+        "events": events,
+        "queue": PostgresQueue(notifier, "runs"),
+        "ingest_queue": PostgresQueue(notifier, "files"),
+        "locks": locks,
+    }
+    for plug in (locks, notifier, events):
+        opened.push_async_callback(plug.close)
+    events.start()
+    notifier.start()
+    return plugs
+
+
+async def _take_over(house: House) -> None:
+    """Nobody else can be at work on this folder: whatever was in progress may be taken over at once."""
+    if left := await house.store.write(release_leases):
+        log.warning("%d runs were in progress when the server last stopped; they go on now.", left)
+    if left := await house.store.write(release_jobs):
+        log.warning("%d files were being indexed when the server last stopped; they are indexed now.", left)
+    await sweep_blobs(house, math.inf)
+
+
+async def _check_folder(house: House) -> None:
+    """Make sure that this process finds the bytes that others store, and they its own. Raises ConfigError."""
+    settings = house.settings
+    if settings.database_url and not settings.blob_url and not settings.shared_data:
+        await check_data_folder(house.store, Path(settings.data), house.clock.now())

@@ -82,7 +82,7 @@ async def modify_assistant(house: House, project: str, assistant_id: str, body: 
             if (value := getattr(body, name)) is not UNSET:
                 setattr(asked, name, plain(value))
         show_sampling(assistant, asked)
-        await assistant_rows.put_assistant(tx, project, row)
+        await assistant_rows.update_assistant(tx, project, row)
         return assistant
 
     return await house.store.write(work)

@@ -80,6 +80,8 @@ def back_up(settings: Settings, target: Path, say: Say) -> None:
 
     Raises ConfigError, StoreFull and StoreUnavailable; then `target` holds no backup.
     """
+    if settings.database_url:
+        raise ConfigError("This copies a data folder. Of Postgres pg_dump makes a backup; docs/cluster.md says how.")
     if not database_path(settings).is_file():
         raise ConfigError(f"The data folder {settings.data} holds no database.")
     with _translated(), _filled(target, last=CHECKSUMS) as partial:

@@ -48,7 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     serve = _command(commands, "serve", _serve, "run the server")
+    serve.add_argument(
+        "--no-worker", dest="work", action="store_false", help="leave runs to `afterglow worker`; needs a database_url"
+    )
     _setting_flags(serve)
+    worker = _command(commands, "worker", _worker, "execute runs for servers on the same Postgres")
+    _setting_flags(worker)
 
     demo = _command(commands, "demo", _demo, "start a server and show what it does")
     demo.add_argument("--model-url", help="a model server of yours, instead of the offline model")
@@ -71,6 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     backup.add_argument("path", type=Path, metavar="DIR", help="a new or empty folder")
     restore = _command(commands, "restore", _restore, "make a data folder of a backup")
     restore.add_argument("path", type=Path, metavar="DIR", help="the folder of the backup")
+    moving = _command(commands, "migrate", _migrate, "copy a data folder to Postgres and an object store, or back")
+    ends = moving.add_mutually_exclusive_group(required=True)
+    ends.add_argument(
+        "--from", dest="source", metavar="DIR", help="the data folder to copy to the Postgres of the settings"
+    )
+    ends.add_argument("--to", dest="target", metavar="DIR", help="the new data folder to copy that Postgres to")
+    moving.add_argument("--force", action="store_true", help="although processes seem to be at work on the Postgres")
+    moving.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
     reindex = _command(commands, "reindex", _reindex, "have the files of vector stores indexed anew")
     reindex.add_argument("store_id", nargs="?", metavar="VECTOR_STORE_ID", help="one store (default: all of them)")
     for command in (backup, restore, reindex):
@@ -105,6 +118,7 @@ def _setting_flags(parser: argparse.ArgumentParser) -> None:
 def _data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
     parser.add_argument("--data", metavar="DIR", help="the data folder")
+    parser.add_argument("--database-url", metavar="URL", help="the Postgres that stands in its place")
 
 
 def _keys_commands(commands: Any) -> None:
@@ -129,11 +143,14 @@ def _sandbox_commands(commands: Any) -> None:
         levels.add_argument(f"--{level}", dest="level", action="store_const", const=level, help=f"with {holds}")
     setup.set_defaults(level="base")
     setup.add_argument("--python", metavar="PROGRAM", help="the Python to make the environment of (default: this one)")
+    serve = _command(actions, "serve", _sandbox_serve, "give one session to a server elsewhere; a pod's first process")
+    serve.add_argument("--host", default="0.0.0.0", help="address to listen on (default: all)")  # noqa: S104
+    serve.add_argument("--port", type=int, default=8200, help="port to listen on (default: 8200)")
     check = _command(actions, "check", _sandbox_check, "start the code interpreter and say what it enforces here")
-    check.add_argument("--code-interpreter", metavar="ENGINE", help="`auto`, `native` or `docker`")
+    check.add_argument("--code-interpreter", metavar="ENGINE", help="`auto`, `native`, `docker` or `remote`")
     apparmor = _command(actions, "apparmor", _sandbox_apparmor, "let its Python make user namespaces; needs root")
     apparmor.add_argument("--remove", action="store_true", help="take that back")
-    for command in (setup, check, apparmor):
+    for command in (setup, check, serve, apparmor):
         command.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
         command.add_argument("--sandbox-env", metavar="DIR", help="the folder of the packages")
 
@@ -152,7 +169,16 @@ def _serve(options: argparse.Namespace) -> int:
 
     loaded = _load(options)
     telemetry.configure(loaded.log_format, loaded.log_level)
-    serve(loaded, lambda line: print(line, flush=True))
+    serve(loaded, partial(print, flush=True), work=options.work)
+    return 0
+
+
+def _worker(options: argparse.Namespace) -> int:
+    from afterglow.serve import work
+
+    loaded = _load(options)
+    telemetry.configure(loaded.log_format, loaded.log_level)
+    work(loaded, partial(print, flush=True))
     return 0
 
 
@@ -240,6 +266,18 @@ def _restore(options: argparse.Namespace) -> int:
     return 0
 
 
+def _migrate(options: argparse.Namespace) -> int:
+    from afterglow.migrate import migrate, shown_on
+
+    cluster = _load(options)
+    folder = dataclasses.replace(
+        cluster, data=options.source or options.target, database_url="", database_listen_url="", blob_url=""
+    )
+    source, target = (folder, cluster) if options.source else (cluster, folder)
+    migrate(source, target, partial(print, flush=True), shown_on(sys.stderr), force=options.force)
+    return 0
+
+
 def _reindex(options: argparse.Namespace) -> int:
     from afterglow.vector_stores import reindex
 
@@ -262,6 +300,12 @@ def _sandbox_check(options: argparse.Namespace) -> int:
     from afterglow.doctor import examine_code_interpreter
 
     return examine_code_interpreter(_load(options), print)
+
+
+def _sandbox_serve(options: argparse.Namespace) -> int:
+    from afterglow.sandbox import pod
+
+    pod.serve(_load(options), options.host, options.port)
 
 
 def _sandbox_apparmor(options: argparse.Namespace) -> int:

@@ -26,7 +26,7 @@ from afterglow.assistants import new_assistant
 from afterglow.contracts import House, Transaction
 from afterglow.errors import ConfigError, InvalidRequest
 from afterglow.objects import CreateAssistant, CreateToolResources, Json
-from afterglow.rows.assistants import AssistantRow, get_assistant, list_declared, put_assistant
+from afterglow.rows.assistants import AssistantRow, get_assistant, list_declared, put_assistant, update_assistant
 from afterglow.telemetry import log
 
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -71,7 +71,7 @@ async def _release_others(tx: Transaction, declared: set[tuple[str, str]]) -> li
     for project, assistant_id in await list_declared(tx):
         row = await get_assistant(tx, project, assistant_id)
         if row is not None and (project, assistant_id) not in declared:
-            await put_assistant(tx, project, row._replace(declared=False))
+            await update_assistant(tx, project, row._replace(declared=False))
             released.append(assistant_id)
     return released
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from afterglow import __version__
 from afterglow.access import check_exposure
-from afterglow.app import build_code_engine, build_models, database_path, open_store
+from afterglow.app import build_code_engine, build_models, database_path, open_place, open_store
 from afterglow.contracts import EngineStatus, Transaction
 from afterglow.errors import AfterglowError
 from afterglow.settings import Settings
@@ -37,6 +37,7 @@ class Finding(NamedTuple):
 def examine(settings: Settings, say: Callable[[str], None]) -> int:
     """Print every finding; return 0 when nothing is wrong, else 1."""
     found = [*_versions(), *_limits(), *asyncio.run(_database(settings)), *_folder(settings)]
+    found += asyncio.run(_bucket(settings))
     found += asyncio.run(_models(settings))
     found += _code_interpreter(settings, asyncio.run(_try_engine(settings)))
     _report(found, say)
@@ -104,7 +105,20 @@ async def _database(settings: Settings) -> list[Finding]:
                 found.append(Finding(False, f"listening on {settings.host}", str(error)))
             return found
     except AfterglowError as error:
+        if settings.database_url:
+            return [Finding(False, "the database of database_url", str(error))]
         return [Finding(False, f"data folder {settings.data}", f"{error} Or name another folder with --data.")]
+
+
+async def _bucket(settings: Settings) -> list[Finding]:
+    """Write to it, read and delete, as every start does."""
+    if not settings.blob_url:
+        return []
+    try:
+        async with open_place(settings):
+            return [Finding(True, f"bytes of files: {settings.blob_url}")]
+    except AfterglowError as error:
+        return [Finding(False, f"bytes of files: {settings.blob_url}", str(error))]
 
 
 def _folder(settings: Settings) -> list[Finding]:
@@ -181,7 +195,7 @@ def _code_interpreter(settings: Settings, status: EngineStatus) -> list[Finding]
         slow = f"the code interpreter is not ready after {ENGINE_SETTLES_S:.0f} s, and may still become so"
         return [Finding(None, slow, "The docker engine builds its image the first time, which takes minutes.")]
     if status.state == "off":
-        demanded = settings.code_interpreter in ("native", "docker")
+        demanded = settings.code_interpreter in ("native", "docker", "remote")
         return [Finding(False if demanded else None, status.reason, status.remedy)]
     found = [Finding(True, f"code interpreter: {status.engine}")]
     if not status.unenforced:

@@ -3,6 +3,9 @@
 Bytes and rows cannot be written together. So the key of bytes is noted as loose before they are written, and loses
 that note in the transaction that gives them a file; deleting does the same the other way round. Whatever is loose and
 in nobody's hands is deleted: at once when a request fails, and after a crash at the next start.
+
+A file is deleted in two transactions. The first one condemns it: it waits for all that are just making something name
+the file, and whoever comes later does not find it. So the second one sees everything that names it.
 """
 
 from __future__ import annotations
@@ -71,13 +74,22 @@ async def create_file(
         return await house.store.write(work)
 
 
-async def store_output(house: House, project: str, filename: str, chunks: AsyncIterator[bytes]) -> File:
-    """Store what the code interpreter has made. What `chunks` raises is raised, and nothing kept."""
+async def store_output(
+    house: House,
+    project: str,
+    filename: str,
+    chunks: AsyncIterator[bytes],
+    note: Callable[[Transaction, File], Awaitable[None]],
+) -> File:
+    """Store what the code interpreter has made. note: is done in the file's own transaction. What it or `chunks` raises
+    is raised, and nothing kept."""
     new = NewFile(filename, OUTPUT_PURPOSE, house.settings.output_retention_d * DAY_S or None)
     async with storing(house, project, new_id("file", "-"), chunks) as stored:
 
         async def work(tx: Transaction) -> File:
-            return await insert_file(tx, house, stored, new)
+            file = await insert_file(tx, house, stored, new)
+            await note(tx, file)
+            return file
 
         return await house.store.write(work)
 
@@ -102,7 +114,7 @@ async def storing(
 
 async def keep(tx: Transaction, stored: Stored) -> None:
     """These bytes belong to something from this transaction on."""
-    if not await file_rows.delete_loose_blob(tx, stored.loose):
+    if not await file_rows.take_loose_blob(tx, stored.loose):
         raise StoreUnavailable(f"{stored.loose.blob} was swept away while it was written")
 
 
@@ -148,9 +160,9 @@ async def read_file(house: House, project: str, file_id: str) -> AsyncGenerator[
 
 
 async def check_files(tx: Transaction, project: str, file_ids: Iterable[str], now: float) -> None:
-    """Raise NotFound for the first that is not there."""
+    """Raise NotFound for the first that is not there; the others stay until this work, which names them, is done."""
     for file_id in dict.fromkeys(file_ids):
-        if await file_rows.get_file_object(tx, project, file_id, now) is None:
+        if await file_rows.hold_file(tx, project, file_id, now) is None:
             raise no_file(file_id)
 
 
@@ -168,11 +180,14 @@ async def delete_file(house: House, project: str, file_id: str) -> None:
     """Delete a file with its bytes, and take it out of all vector stores and the lists of the code interpreter."""
     now = house.clock.now()
 
-    async def work(tx: Transaction) -> _LetGo:
-        if await file_rows.get_file_object(tx, project, file_id, now) is None:
+    async def condemn(tx: Transaction) -> None:
+        if not await file_rows.condemn_file(tx, project, file_id, now):
             raise no_file(file_id)
+
+    async def work(tx: Transaction) -> _LetGo:
         return await _let_go(tx, [(project, file_id)], int(now))
 
+    await house.store.write(condemn)
     await _finish(house, await house.store.write(work))
 
 
@@ -180,10 +195,14 @@ async def tidy_files(house: House) -> None:
     """Delete what has expired, and bytes that were left behind long ago."""
     now = house.clock.now()
 
-    async def expire(tx: Transaction) -> _LetGo:
-        return await _let_go(tx, await file_rows.list_expired(tx, now, SWEEP_LIMIT), int(now))
+    async def condemn(tx: Transaction) -> int:
+        return await file_rows.condemn_expired(tx, now)
 
-    while (gone := await house.store.write(expire)).loose:
+    async def work(tx: Transaction) -> _LetGo:
+        return await _let_go(tx, await file_rows.list_condemned(tx, SWEEP_LIMIT), int(now))
+
+    await house.store.write(condemn, rowwise=True)
+    while (gone := await house.store.write(work)).loose:
         await _finish(house, gone)
     await sweep_blobs(house, now - LOOSE_AFTER_S)
 
@@ -209,7 +228,8 @@ async def _let_go(tx: Transaction, files: list[tuple[str, str]], now: int) -> _L
     gone = _LetGo([], [])
     for project, file_id in files:
         blob = await file_rows.delete_file(tx, project, file_id)
-        assert blob is not None
+        if blob is None:
+            continue
         gone.loose.append(LooseBlob(project, blob))
         await file_rows.insert_loose_blob(tx, gone.loose[-1], now)
         for holder, holder_id in await file_rows.list_file_uses(tx, project, file_id):
@@ -232,7 +252,7 @@ async def _take_from_thread(tx: Transaction, project: str, thread_id: str, file_
 async def _take_from_assistant(tx: Transaction, project: str, assistant_id: str, file_id: str) -> None:
     if row := await assistant_rows.get_assistant(tx, project, assistant_id):
         _take_from(row.assistant.tool_resources, file_id)
-        await assistant_rows.put_assistant(tx, project, row)
+        await assistant_rows.update_assistant(tx, project, row)
 
 
 def _take_from(tool_resources: Json, file_id: str) -> None:
@@ -243,16 +263,16 @@ def _take_from(tool_resources: Json, file_id: str) -> None:
 async def delete_loose(house: House, loose: list[LooseBlob]) -> bool:
     """Delete bytes that are loose and in nobody's hands; return whether it could be done. Else it is done later."""
 
-    async def still_loose(tx: Transaction) -> list[LooseBlob]:
-        return [blob for blob in loose if await file_rows.is_loose(tx, blob)]
+    async def condemn(tx: Transaction) -> list[LooseBlob]:
+        return [blob for blob in loose if await file_rows.condemn_loose_blob(tx, blob)]
 
     async def forget(tx: Transaction) -> None:
         for blob in loose:
             await file_rows.delete_loose_blob(tx, blob)
 
     try:
-        # A write: behind one that may still be giving these bytes a file, though nobody waits for it any more.
-        found = await house.store.write(still_loose)
+        # A write may still be giving these bytes a file, though nobody waits for it any more: it is first, or fails.
+        found = await house.store.write(condemn)
         await house.blobs.delete([blob.blob for blob in found])
         await house.store.write(forget)
     except StoreError:

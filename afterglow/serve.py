@@ -9,14 +9,17 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from afterglow.app import Application, open_application
+from afterglow.app import Application, Part, open_application
 from afterglow.errors import ConfigError, InvalidRequest
+from afterglow.probes import serve_metrics
 from afterglow.settings import Settings
 
 GRACE_S = 3
@@ -27,20 +30,56 @@ SWITCH_INTERVAL_S = 0.0002
 # Streams keep much alive for seconds, which the usual (700, 10, 10) walks through again and again: a tenth of the CPU.
 GC_THRESHOLDS = (50_000, 20, 100)
 BACKLOG = 4096
+STOPPED = "Stopped. Everything acknowledged is stored; runs in progress go on at the next start."
 
 
-def serve(settings: Settings, say: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM. say: takes the lines for whoever started it. Raises ConfigError."""
+def serve(settings: Settings, say: Callable[[str], None], *, work: bool = True) -> None:
+    """Serve until SIGINT or SIGTERM. say: takes the lines for whoever started it. work: execute runs, too. Raises
+    ConfigError."""
+    if not (work or settings.database_url):
+        raise ConfigError("--no-worker needs database_url: on SQLite nobody else could execute the runs.")
+    _run(_serve(settings, say, "all" if work else "api"))
+
+
+def work(settings: Settings, say: Callable[[str], None]) -> None:
+    """Execute runs and index files for servers on the same Postgres, until SIGINT or SIGTERM. Raises ConfigError."""
+    if not settings.database_url:
+        raise ConfigError(
+            "A worker of its own needs database_url; on SQLite `afterglow serve` executes the runs itself."
+        )
+    _run(_work(settings, say))
+
+
+def _run(serving: Coroutine[Any, Any, None]) -> None:
     _raise_file_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     gc.set_threshold(*GC_THRESHOLDS)
-    uvloop.run(_serve(settings, say))
+    uvloop.run(serving)
 
 
-async def _serve(settings: Settings, say: Callable[[str], None]) -> None:
+async def _work(settings: Settings, say: Callable[[str], None]) -> None:
+    async with open_application(settings, part="worker") as application, _probes(settings, application):
+        stopped = asyncio.Event()
+        with _signals(application.drain, stopped.set):
+            say("Working. Stop with Ctrl-C")
+            await stopped.wait()
+    say(STOPPED)
+
+
+@contextlib.asynccontextmanager
+async def _probes(settings: Settings, application: Application) -> AsyncIterator[None]:
+    """The second port, if there is to be one."""
+    if not settings.metrics_port:
+        yield
+        return
+    async with serve_metrics(application, _listen(settings.host, settings.metrics_port)):
+        yield
+
+
+async def _serve(settings: Settings, say: Callable[[str], None], part: Part) -> None:
     listening = _listen(settings.host, settings.port)
     try:
-        async with open_application(settings) as application:
+        async with open_application(settings, part=part) as application, _probes(settings, application):
             config = uvicorn.Config(
                 application,
                 loop="none",
@@ -59,7 +98,7 @@ async def _serve(settings: Settings, say: Callable[[str], None]) -> None:
             await _Server(config, application, lambda: _greet(settings, port, say)).serve([listening])
     finally:
         listening.close()
-    say("Stopped. Everything acknowledged is stored; runs in progress go on at the next start.")
+    say(STOPPED)
 
 
 class _Protocol(HttpToolsProtocol):
@@ -73,7 +112,7 @@ class _Protocol(HttpToolsProtocol):
 
 
 class _Server(uvicorn.Server):
-    """Greets once it listens; on a signal lets go of streams first, so that stopping is quick."""
+    """Greets once it listens; when it is to stop, lets go of streams first, so that stopping is quick."""
 
     def __init__(self, config: uvicorn.Config, application: Application, greet: Callable[[], None]) -> None:
         super().__init__(config)
@@ -90,18 +129,34 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop)
-        try:
+        with _signals(self._application.drain, self._stop):
             yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
+
+
+@contextlib.contextmanager
+def _signals(drain: Callable[[], Coroutine[Any, Any, None]], stop: Callable[[], None]) -> Generator[None, None, None]:
+    """SIGTERM drains and then stops; SIGINT, or a second SIGTERM, stops at once."""
+    loop = asyncio.get_running_loop()
+    draining: list[asyncio.Task[None]] = []
+
+    def drain_first() -> None:
+        if draining:
+            stop()
+            return
+        draining.append(asyncio.create_task(drain()))
+        draining[0].add_done_callback(lambda _: stop())
+
+    loop.add_signal_handler(signal.SIGINT, stop)
+    loop.add_signal_handler(signal.SIGTERM, drain_first)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -122,9 +177,15 @@ def _greet(settings: Settings, port: int, say: Callable[[str], None]) -> None:
     else:
         model = "the built-in offline model, which is no language model (--model-url URL names a real one)"
     say(f"Base URL   http://{host}:{port}{settings.root_path.rstrip('/')}/v1")
-    say(f"Data       {settings.data}")
+    say(f"Data       {_shown(settings.database_url) or settings.data}")
     say(f"Model      {model}")
     say("Stop       Ctrl-C")
+
+
+def _shown(url: str) -> str:
+    """A database's address without user and password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if url else ""
 
 
 def _raise_file_limit() -> None:

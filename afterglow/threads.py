@@ -113,8 +113,12 @@ async def delete_thread(house: House, project: str, thread_id: str) -> None:
     if run_id is not None:
         house.queue.cancel(run_id)
         house.events.forget(run_id)
-        gone = error_event("The thread of this run was deleted.")
-        house.events.announce(project, run_id, Segment(2**31, 1, 1, gone, "end"))
+        house.events.announce(project, run_id, Segment(2**31, 1, 1, gone_event(), "end"))
+
+
+def gone_event() -> bytes:
+    """What followers of a run are told when its thread was deleted."""
+    return error_event("The thread of this run was deleted.")
 
 
 # --- runs on a thread ------------------------------------------------------------------------------------------
@@ -187,23 +191,23 @@ async def insert_messages(
     tx: Transaction, house: House, project: str, thread_id: str, bodies: Sequence[CreateMessage], now: int
 ) -> list[Message]:
     """Append messages in order. Raises NotFound for the thread, or for a file that is named and not there."""
-    seq = await thread_rows.take_seq(tx, project, thread_id, len(bodies))
-    if seq is None:
+    place = await thread_rows.take_place(tx, project, thread_id, now, len(bodies))
+    if place is None:
         raise NotFound.of("thread", thread_id)
     await _take_files(tx, house, project, thread_id, bodies, now)
     messages = []
     for offset, body in enumerate(bodies):
         message = Message(
             id=new_id("msg"),
-            created_at=now,
+            created_at=place.created_at,
             thread_id=thread_id,
             role=body.role,
             content=stored_content(body),
             attachments=[msgspec.to_builtins(attachment) for attachment in body.attachments or []],
             metadata=body.metadata or {},
-            completed_at=now,
+            completed_at=place.created_at,
         )
-        await message_rows.insert_message(tx, project, message, seq + offset)
+        await message_rows.insert_message(tx, project, message, place.seq + offset)
         messages.append(message)
     return messages
 

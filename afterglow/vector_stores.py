@@ -188,7 +188,7 @@ async def attach_files(
     """
     now = house.clock.now()
     wanted = {one.file_id: one for one in asked}
-    missing = [id for id in wanted if await stored_file_rows.get_file_object(tx, project, id, now) is None]
+    missing = [id for id in wanted if await stored_file_rows.hold_file(tx, project, id, now) is None]
     if missing:
         raise NotFound(f"Files [{', '.join(missing)}] were not found")
     files: dict[str, VectorStoreFile] = {}
@@ -363,6 +363,7 @@ async def cancel_batch(house: House, project: str, store_id: str, batch_id: str)
     async def work(tx: Transaction) -> tuple[VectorStoreFileBatch, list[Chore]]:
         await _store(tx, project, store_id, house.clock.now())
         await _batch(tx, project, store_id, batch_id)
+        await store_rows.touch_store(tx, project, store_id)  # two batches that wait for a file see each other's end
         file_ids = await file_rows.list_waited_for(tx, project, batch_id)
         await file_rows.cancel_batch(tx, project, batch_id)
         for file_id in file_ids:

@@ -18,19 +18,29 @@ INGEST = {f"ingest.{name}" for name in INGEST}
 # From the roof to the ground. A module may import from lower floors, and from its own.
 FLOORS: list[set[str]] = [
     {"cli"},
-    {"serve", "demo", "doctor", "backup"},
+    {"serve", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
     {"assistants", "threads", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}
     | {"ingest.pipeline", "ingest.upkeep"}
-    | {"runs.lifecycle", "runs.loop", "runs.turn", "runs.interrupt", "runs.prompt", "runs.images", "runs.search"},
+    | {
+        "runs.lifecycle",
+        "runs.report",
+        "runs.loop",
+        "runs.turn",
+        "runs.interrupt",
+        "runs.prompt",
+        "runs.images",
+        "runs.search",
+    },
     {"runs.closing", "runs.transcript", "runs.context", "runs.images", "tools", "files"},
-    {"rows", "search.ranking", "search.filters", "runs.states", "ingest.states"} | INGEST,
-    {"contracts", "objects", "errors", "settings", "telemetry", "ids", "afterglow"},
+    {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"} | INGEST,
+    {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "afterglow"},
 ]
 # Implementations of contracts.py: they stand on the ground (and may run statements); only app.py and tests enter.
-WING = {"store", "events", "queue", "sandbox", "llm", "chat", "embeddings", "outbound", "testing"}
-WING |= {"search.embedded", "search.stored", "search.columns", "search.pool"}
+WING = {"store", "traces", "events", "queue", "sandbox", "llm", "chat", "embeddings", "outbound", "testing"}
+WING |= {"search.embedded", "search.stored", "search.columns", "search.pool", "search.tokens"}
+WING |= {"search.postgres", "search.postings", "search.sessions", "search.statements"}
 WING |= {"offline", "offline_code", "offline_search", "offline_tables", "offline_values"}
 WING_STANDS_ON = {"contracts", "objects", "errors", "settings", "telemetry", "ids", "rows", "afterglow"}
 OFFLINE = {"offline_code", "offline_search", "offline_tables", "offline_values"}
@@ -41,7 +51,9 @@ WING_NEIGHBOURS = {
     "offline": OFFLINE,
     **dict.fromkeys(OFFLINE, OFFLINE),
 }
-WING_ENTRANCES = {"cli": {"sandbox.packages", "sandbox.apparmor"}}  # commands that prepare a machine for an engine
+WING_ENTRANCES = {
+    "cli": {"sandbox.packages", "sandbox.apparmor", "sandbox.pod"}
+}  # commands that prepare a machine for an engine
 
 
 def name_of(path: Path) -> str:

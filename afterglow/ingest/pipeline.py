@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import NamedTuple, Protocol, TypeVar
@@ -34,7 +36,7 @@ from afterglow.files import read_file
 from afterglow.ids import new_id
 from afterglow.ingest.parse import Parsed
 from afterglow.ingest.states import move_file
-from afterglow.ingest.upkeep import index_lock, settle, settle_all
+from afterglow.ingest.upkeep import settle, settle_all
 from afterglow.objects import FileError
 from afterglow.rows import files as stored_file_rows
 from afterglow.rows import vector_store_files as file_rows
@@ -84,15 +86,30 @@ class Pipeline:
         self._parser = parser
         self._id = new_id("worker")
         self._tasks: dict[asyncio.Task[None], Job] = {}
+        self._draining = False
+        self._claiming: asyncio.Task[None] | None = None
         self._loops: list[asyncio.Task[None]] = []
         house.ingest_queue.on_cancel(self._cancel)
 
     async def start(self) -> None:
-        loops = (self._claim_forever, self._renew_forever, self._settle_forever)
-        self._loops = [asyncio.create_task(loop()) for loop in loops]
+        self._claiming = asyncio.create_task(self._claim_forever())
+        self._loops = [
+            self._claiming,
+            asyncio.create_task(self._renew_forever()),
+            asyncio.create_task(self._settle_forever()),
+        ]
+
+    async def drain(self) -> None:
+        """Claim nothing more, and wait until no file is in hand here."""
+        self._draining = True
+        self._house.ingest_queue.wake()
+        if self._claiming is not None:
+            await self._claiming
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def close(self) -> None:
-        """Let go of everything; the jobs are done at the next start."""
+        """Let go of everything; the jobs are done elsewhere at once, or at the next start."""
         jobs = list(self._tasks.values())
         for task in [*self._loops, *self._tasks]:
             task.cancel()
@@ -114,7 +131,7 @@ class Pipeline:
     # --- claiming ----------------------------------------------------------------------------------------------
 
     async def _claim_forever(self) -> None:
-        while True:
+        while not self._draining:
             try:
                 claimed = await self._claim()
             except StoreError as error:
@@ -167,7 +184,7 @@ class Pipeline:
         async def work(tx: Transaction) -> list[Job]:
             return await file_rows.renew_jobs(tx, self._id, asked.values(), until)
 
-        renewed = await self._house.store.write(work)
+        renewed = await self._house.store.write(work, rowwise=True)
         for task, job in asked.items():
             if job not in renewed:
                 task.cancel()
@@ -185,12 +202,17 @@ class Pipeline:
         """The pipeline's edge: whatever goes wrong with a file ends here, with the file failed or put back."""
         job = claim.job
         telemetry.subject.set(job.key)
+        began = time.monotonic()
         try:
-            await self._index(claim)
+            chunks = await self._index(claim)
+            took_s = time.monotonic() - began
+            self._house.metrics.file_indexed(chunks, took_s)
+            log.info("File %s was indexed: %d passages in %.1f s.", job.key, chunks, took_s)
         except LostLease:
             log.info("File %s was detached, or taken over; this attempt stops.", job.key)
         except Later as error:
             if job.tries <= len(WAITS_S):
+                log.warning("File %s is put back: the server of embeddings did not do its part.", job.key)
                 await self._put_back(job)
             else:
                 await self._fail(job, str(error))
@@ -207,7 +229,8 @@ class Pipeline:
             log.exception("File %s was not indexed by a fault of ours.", job.key)
             await self._fail(job, SORRY)
 
-    async def _index(self, claim: Claim) -> None:
+    async def _index(self, claim: Claim) -> int:
+        """Return how many passages the file has."""
         job, house = claim.job, self._house
         if claim.filename is None:
             raise BlobMissing(f"there is no file {job.file.id}")
@@ -222,8 +245,9 @@ class Pipeline:
                 claim.filename, data, sizes.max_chunk_size_tokens, sizes.chunk_overlap_tokens
             )
         embeddings = await self._embed(parsed.chunks)
-        async with index_lock(house, job.file.vector_store_id):
+        async with house.locks.hold(job.file.vector_store_id):
             await self._put(job, parsed, embeddings, model)
+        return len(parsed.chunks)
 
     async def _put(self, job: Job, parsed: Parsed, embeddings: list[bytes] | None, model: str | None) -> None:
         """Write it to the index, then to the row. What happens to the row meanwhile is settled after us."""
@@ -239,6 +263,8 @@ class Pipeline:
             held = await file_rows.get_held_file(tx, job, self._id)
             if held is None:
                 raise LostLease
+            if await stored_file_rows.hold_file(tx, job.project, held.id, self._house.clock.now()) is None:
+                raise BlobMissing(f"there is no file {held.id}")
             move_file(held, "indexed", usage_bytes=usage_bytes)
             await file_rows.update_file(tx, job.project, held)
             await file_rows.set_embedding_model(tx, job.project, held, model)
@@ -278,7 +304,12 @@ class Pipeline:
             await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
             return await store_rows.insert_chores(tx, job.project, held.vector_store_id, [held.id])
 
-        await settle(self._house, await self._until_stored(work))
+        chores = await self._until_stored(work)
+        if chores:
+            self._house.metrics.files_ended.labels("failed").inc()
+            level = logging.WARNING if code == "server_error" else logging.INFO  # a broken file is its owner's affair
+            log.log(level, "File %s was not indexed: %s.", job.key, code)
+        await settle(self._house, chores)
 
     async def _put_back(self, job: Job) -> None:
         not_before = self._house.clock.now() + WAITS_S[min(job.tries, len(WAITS_S)) - 1]
@@ -287,6 +318,7 @@ class Pipeline:
             await file_rows.put_back(tx, job, self._id, not_before, job.tries)
 
         await self._until_stored(work)
+        self._house.metrics.files_ended.labels("put_back").inc()
 
     async def _until_stored(self, work: Work[T]) -> T:
         while True:

@@ -2,14 +2,12 @@
 
 Rows and index cannot be changed together. So whoever changes rows notes in the same transaction what the index has to
 be told (a chore), tells it after the commit, and strikes the chore off. What a crash leaves is done at the next start.
-Telling means: read what the rows say now, and do that. It is done under the store's lock, and so is indexing a file:
-whichever comes last has read the newest rows, so a file that is detached while it is indexed leaves nothing behind.
-The locks are those of one process, as the index is; no other serves its folder.
+Telling means: read what the rows say now, and do that. It is done under the lock of the store, and so is indexing a
+file: whichever comes last has read the newest rows, so a file that is detached while it is indexed leaves nothing.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 
 from afterglow.contracts import House, Transaction
@@ -23,11 +21,6 @@ from afterglow.telemetry import log
 AT_ONCE = 100
 
 
-def index_lock(house: House, store_id: str) -> asyncio.Lock:
-    """Whoever writes to the index of a store holds this, from reading the rows on."""
-    return house.index_locks.setdefault(store_id, asyncio.Lock())
-
-
 async def settle(house: House, chores: Sequence[Chore]) -> bool:
     """Tell the index; return whether it could be done. Else it is done later."""
     by_store: dict[tuple[str, str], list[Chore]] = {}
@@ -39,7 +32,7 @@ async def settle(house: House, chores: Sequence[Chore]) -> bool:
 async def _settle_or_log(house: House, project: str, store_id: str, chores: list[Chore]) -> bool:
     """A store whose file on the disk is damaged keeps none of the others waiting."""
     try:
-        async with index_lock(house, store_id):
+        async with house.locks.hold(store_id):
             await _settle_store(house, project, store_id, chores)
     except StoreError as error:
         log.error("The search index was not brought up to date, and will be later: %s", error)

@@ -35,6 +35,7 @@ from afterglow.rows.assistants import AssistantRow, get_assistant
 from afterglow.rows.runs import RunAsked, RunRow
 from afterglow.rows.search_results import fill_in_content
 from afterglow.rows.steps import PlacedStep
+from afterglow.runs import report
 from afterglow.runs.closing import close_open_steps, close_step
 from afterglow.runs.states import TERMINAL, move_run
 from afterglow.runs.transcript import Event, Transcript, run_event, step_event, stop_of
@@ -56,6 +57,7 @@ def tell(house: House, happened: Happened | None) -> None:
     if happened is None:
         return
     house.events.announce(happened.project, happened.run.id, happened.segment)
+    report.happened(house, happened.project, happened.run, happened.segment.attempt, happened.since)
     if happened.run.status == "queued":
         house.queue.wake()
 
@@ -151,15 +153,18 @@ async def insert_run(
         raise _no_assistant(body.assistant_id)
     run, asked = new_run(house, thread_id, assistant, body, include)
     run.tool_resources = tool_resources or {}
-    seq = await thread_rows.take_seq(tx, project, thread_id)
+    place = await thread_rows.take_place(tx, project, thread_id, run.created_at)
+    assert place is not None
+    deadline = run.created_at + house.settings.run_expires_s
+    run.created_at = place.created_at
     row = RunRow(
         project=project,
         run=run,
         asked=asked,
         spent=Usage(),
         attempt=0,
-        deadline=run.created_at + house.settings.run_expires_s,
-        seq=seq or 0,
+        deadline=deadline,
+        seq=place.seq,
     )
     await run_rows.insert_run(tx, row)
     segment = Transcript(0).number([run_event(run, "created"), run_event(run)])

@@ -52,13 +52,15 @@ from afterglow.rows.files import list_sandbox_files
 from afterglow.rows.model_calls import ModelCall, insert_model_call
 from afterglow.rows.runs import RunRow
 from afterglow.rows.search_results import FoundBy, fill_in_content, insert_results
+from afterglow.rows.threads import Place
+from afterglow.runs import report
 from afterglow.runs.closing import InHand, close_open_steps, close_step
 from afterglow.runs.context import Calibration, chat_messages, estimate_tokens
 from afterglow.runs.images import inline_stored_images
 from afterglow.runs.interrupt import Interrupt, Interrupted
 from afterglow.runs.prompt import Prompt, PromptRules, chat_response_format, read_prompt
 from afterglow.runs.search import search_for_run
-from afterglow.runs.states import RunEvent, end_message, move_run
+from afterglow.runs.states import TERMINAL, RunEvent, end_message, move_run
 from afterglow.runs.transcript import (
     Event,
     Transcript,
@@ -184,7 +186,9 @@ class Execution:
         self.interrupt.check()  # or a call that was never made would be recorded
         self._turn = turn = ModelTurn(prompt, request)
         try:
-            await self._listen(turn, committed)
+            with report.model_call(self.house, self.row, turn):
+                await self._listen(turn, committed)
+                turn.usage = (turn.end and turn.end.usage) or self._estimated_usage(turn)
         except ContextOverflow as overflow:
             if not self._can_truncate_again(overflow):
                 raise
@@ -400,9 +404,10 @@ class Execution:
         ran_code = any(tool["type"] == "code_interpreter" for tool in run.tools)
 
         async def work(tx: Transaction, row: RunRow) -> list[Event]:
-            seq = await self._draw(tx, 2)
-            await step_rows.insert_step(tx, row.project, step, seq, row.attempt)
-            await message_rows.insert_message(tx, row.project, message, seq + 1)
+            place = await self._take_place(tx, now, 2)
+            step.created_at = message.created_at = place.created_at
+            await step_rows.insert_step(tx, row.project, step, place.seq, row.attempt)
+            await message_rows.insert_message(tx, row.project, message, place.seq + 1)
             await message_rows.hide_left_behind(tx, row.project, run.id)
             turn.pictures = await step_rows.list_pictures_to_show(tx, row.project, run.id) if ran_code else []
             return [
@@ -430,7 +435,9 @@ class Execution:
             if turn.message is not None:
                 # The whole usage of this model call goes to the step of its tool calls.
                 events += await self._close_text(tx, row, turn, now, Usage())
-            await step_rows.insert_step(tx, row.project, step, await self._draw(tx, 1), row.attempt)
+            place = await self._take_place(tx, now, 1)
+            step.created_at = place.created_at
+            await step_rows.insert_step(tx, row.project, step, place.seq, row.attempt)
             await message_rows.hide_left_behind(tx, row.project, row.run.id)
             return [*events, step_event(step, "created"), step_event(step, "in_progress")]
 
@@ -450,11 +457,11 @@ class Execution:
             step_details=details,
         )
 
-    async def _draw(self, tx: Transaction, count: int) -> int:
-        seq = await thread_rows.take_seq(tx, self.row.project, self.row.run.thread_id, count)
-        if seq is None:
+    async def _take_place(self, tx: Transaction, now: int, count: int) -> Place:
+        place = await thread_rows.take_place(tx, self.row.project, self.row.run.thread_id, now, count)
+        if place is None:
             raise LostLease(self.row.run.id)
-        return seq
+        return place
 
     async def _close_text(self, tx: Transaction, row: RunRow, turn: ModelTurn, now: int, usage: Usage) -> list[Event]:
         assert turn.message is not None
@@ -492,9 +499,9 @@ class Execution:
 
     async def _finish_turn(self, turn: ModelTurn) -> bool:
         """The model is done: close its step and move the run. Return whether another turn follows."""
-        end = turn.end
+        end, usage = turn.end, turn.usage
         assert end is not None
-        turn.usage = usage = end.usage or self._estimated_usage(turn)
+        assert usage is not None
         self._calibrate(turn, end.usage)
         if end.finish_reason == "content_filter":
             await self._stop("broke", LastError("invalid_prompt", FILTERED), message_reason="content_filter")
@@ -600,12 +607,13 @@ class Execution:
                 continue
             if call.kind == "code_interpreter" and (missing := call.code.end()):
                 self._keep_code(turn, call, {"input": missing})
-            if call.kind == "file_search":
-                await self._search_files(turn, call)
-            elif off := self.house.why_off(call.kind):
-                self._fail(turn, call, off)
-            else:
-                await self._run_code(turn, call, usage)
+            with report.tool_call(self.house, self.row, turn, call):
+                if call.kind == "file_search":
+                    await self._search_files(turn, call)
+                elif off := self.house.why_off(call.kind):
+                    self._fail(turn, call, off)
+                else:
+                    await self._run_code(turn, call, usage)
 
     async def _search_files(self, turn: ModelTurn, call: Call) -> None:
         """Raises InvalidRequest when a store cannot be searched: it has expired, or needs another embedding model."""
@@ -772,6 +780,7 @@ class Execution:
         sequence = self._transcript.sequence
 
         async def fenced(tx: Transaction) -> tuple[RunRow, Segment]:
+            self._transcript.sequence = sequence  # it may be run again
             row = await run_rows.get_held_run(tx, self.row.project, self.row.run.id, self.row.attempt)
             if row is None:
                 raise LostLease(self.row.run.id)
@@ -790,12 +799,13 @@ class Execution:
                 self.row, segment = await self.house.store.write(fenced)
                 break
             except StoreError:
-                self._transcript.sequence = sequence
                 if self.house.clock.now() > self.row.deadline:
                     raise
                 await asyncio.sleep(STORE_RETRY_S)
         self._unwritten = []
         self._announce(*[segment] if segment.data else [])
+        if self.row.run.status in TERMINAL:
+            report.ended(self.house, self.row.project, self.row.run, self.row.attempt)
 
     async def _message_is_gone(self, tx: Transaction) -> bool:
         """Whether a caller deleted the message that is being written: then its text must not stay in the log."""

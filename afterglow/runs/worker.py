@@ -7,8 +7,9 @@ worker renews the leases of all its runs in one statement, every third of the le
 takes over from a dead worker: what that left open is closed and kept from prompts, and the run goes on from its last
 finished step. Nothing that was finished is done again: steps are closed, with their usage, in one transaction.
 
-A worker that is closed gives its leases up and lets go of its runs; they go on at the next start. A run whose
-attempts keep dying still ends, at its deadline.
+A worker that is drained claims nothing more and lets its runs end. One that is closed gives its leases up and lets go
+of its runs; they go on elsewhere at once, or at the next start. A run whose attempts keep dying still ends, at its
+deadline.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from afterglow.rows import events as event_rows
 from afterglow.rows import requests as request_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows.runs import RunRow
+from afterglow.runs import report
 from afterglow.runs.closing import leave_behind_open_steps
 from afterglow.runs.context import Calibration
 from afterglow.runs.interrupt import Why
@@ -64,9 +66,11 @@ class Worker:
         self._house = house
         self._id = new_id("worker")
         self._calibration = Calibration()
-        self._interpreter = CodeInterpreter(house)
+        self._interpreter = CodeInterpreter(house, self._id)
         self._executions: dict[str, Execution] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self._claiming: asyncio.Task[None] | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._sweeps = 0
         house.queue.on_cancel(lambda run_id: self._interrupt(run_id, "cancelled"))
@@ -77,11 +81,21 @@ class Worker:
         return len(self._executions)
 
     async def start(self) -> None:
+        self._claiming = asyncio.create_task(self._claim_forever())
         self._loops = [
-            asyncio.create_task(self._claim_forever()),
+            self._claiming,
             asyncio.create_task(self._repeat(self._renew, self._house.settings.run_lease_s / 3)),
             asyncio.create_task(self._repeat(self._sweep, SWEEP_S)),
         ]
+
+    async def drain(self) -> None:
+        """Claim nothing more, and wait until no run is being executed here."""
+        self._draining = True
+        self._house.queue.wake()
+        if self._claiming is not None:
+            await self._claiming
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def close(self) -> None:
         """Let go of everything; the runs go on where another worker, or the next start, picks them up."""
@@ -94,12 +108,12 @@ class Worker:
             return await run_rows.release_leases(tx, self._id)
 
         with contextlib.suppress(StoreError):
-            await self._house.store.write(work)
+            await self._house.store.write(work, rowwise=True)
 
     # --- claiming ----------------------------------------------------------------------------------------------
 
     async def _claim_forever(self) -> None:
-        while True:
+        while not self._draining:
             free = min(self._house.settings.max_running_runs - self.running, CLAIM_LIMIT)
             try:
                 claimed = await self._claim(free) if free > 0 else 0
@@ -141,7 +155,8 @@ class Worker:
         try:
             if claim.taken_over:  # what the prompt is read from has just been changed
                 await asyncio.shield(asyncio.ensure_future(committed))
-            await execution.run(committed)
+            with report.attempt(self._house, claim.row, self._id, taken_over=claim.taken_over):
+                await execution.run(committed)
         except LostLease:
             log.info("Run %s was taken over or deleted; attempt %d stops.", run.id, claim.row.attempt)
             self._house.events.forget(run.id)
@@ -195,7 +210,7 @@ class Worker:
         async def work(tx: Transaction) -> set[str]:
             return await run_rows.renew_leases(tx, self._id, until)
 
-        renewed = await self._house.store.write(work)
+        renewed = await self._house.store.write(work, rowwise=True)
         for run_id in asked.keys() - renewed:
             asked[run_id].interrupt.ask("lost")  # not whatever executes the run by now
 
@@ -204,6 +219,9 @@ class Worker:
         for execution in self._executions.values():
             if execution.row.deadline <= now:  # its timer was late: timers stand still while a laptop sleeps
                 execution.interrupt.ask("expired")
+        if self._executions:  # the word of a cancel can be lost between two processes
+            for run_id in await self._house.store.read(lambda tx: run_rows.list_cancelling(tx, self._id)):
+                self._interrupt(run_id, "cancelled")
         await expire_overdue(self._house, CLAIM_LIMIT, frozenset(self._executions))
         await self._interpreter.sweep()
         self._sweeps += 1
@@ -219,7 +237,7 @@ class Worker:
                 await request_rows.delete_requests_before(tx, before, TIDY_LIMIT)
             )
 
-        while await self._house.store.write(work) >= TIDY_LIMIT:
+        while await self._house.store.write(work, rowwise=True) >= TIDY_LIMIT:
             pass
         await tidy_files(self._house)
         await tidy_uploads(self._house)
@@ -245,11 +263,9 @@ async def _claim_one(tx: Transaction, house: House, row: RunRow, worker: str, no
     queued = row.run.status == "queued"
     row.attempt += 1
     events: list[Event] = []
-    if not queued:
-        # A run that will not go on closes what is open as its end demands.
-        if row.run.status == "in_progress" and row.deadline > now:
-            events = await leave_behind_open_steps(tx, row.project, row.run, int(now))
-        log.warning("Run %s was left by a worker; it goes on as attempt %d.", row.run.id, row.attempt)
+    # A run that will not go on closes what is open as its end demands.
+    if row.run.status == "in_progress" and row.deadline > now:
+        events = await leave_behind_open_steps(tx, row.project, row.run, int(now))
     move_run(row.run, "claimed", int(now))
     if queued:
         events = [run_event(row.run)]

@@ -1,12 +1,14 @@
 """The code interpreter: one session per thread, with the thread's files in it and what it writes kept.
 
-A session lives in this process, and ends by age, by idleness, or with its thread. Its files survive it: they are API
+A session lives in this process, and ends by age, by idleness, or with its thread. It ends as well when another process
+has opened one for the same thread since: its variables and files are out of date. Its files survive it: they are API
 files, noted with their names below /mnt/data (`rows/files.py`), and are put back when a new session is opened. What a
 session says of files is checked by the engine; what it may store is bounded here.
 """
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
@@ -15,14 +17,14 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from afterglow.contracts import CellEnd, CodeSession, House, Logs, Picture, SandboxFile, Transaction
-from afterglow.errors import SandboxBusy, SandboxFull, SessionLost, StoreError
+from afterglow.errors import LostLease, SandboxBusy, SandboxFull, SessionLost, StoreError
 from afterglow.files import read_file, store_output
 from afterglow.objects import File
 from afterglow.rows import files as file_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.assistants import get_assistant
 from afterglow.rows.files import PlacedFile
-from afterglow.rows.runs import RunRow
+from afterglow.rows.runs import RunRow, touch_held_run
 
 MAX_OUTPUT_FILES = 100  # of one call; more are named and not kept
 MAX_LISTED_FILES = 50
@@ -67,18 +69,26 @@ class SandboxListing(NamedTuple):
 class CodeInterpreter:
     """All sessions of this process."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: House, worker: str) -> None:
+        """worker: the id of whoever runs code here."""
         self._house = house
+        self._worker = worker
         self._open: dict[ThreadKey, _Open] = {}
         self._kept_bytes: dict[ThreadKey, int] = {}  # of each thread, until its session ends by age or idleness
 
     async def place_files(self, row: RunRow) -> SandboxListing:
         """Give every file that the run's assistant, thread and request name a name below /mnt/data, for good."""
 
-        async def work(tx: Transaction) -> list[PlacedFile]:
-            return await _place_files(tx, row, int(self._house.clock.now()))
+        async def work(tx: Transaction) -> tuple[list[PlacedFile], str | None]:
+            await _check_held(tx, row)
+            placed = await _place_files(tx, row, int(self._house.clock.now()))
+            return placed, await file_rows.get_session_worker(tx, *key)
 
-        return self._fitting(await self._house.store.write(work))
+        key = row.project, row.run.thread_id
+        placed, worker = await self._house.store.write(work)
+        if worker != self._worker:
+            await self._end(key)
+        return self._fitting(placed)
 
     def _fitting(self, files: list[PlacedFile]) -> SandboxListing:
         """Which files go into the session: in order, as long as there is room."""
@@ -105,7 +115,7 @@ class CodeInterpreter:
         opened = self._open.get(key)
         fresh = opened is None or not opened.session.alive
         if opened is None or fresh:
-            opened = await self._open_session(key)
+            opened = await self._open_session(row)
         opened.busy = True
         try:
             if fresh and seen:
@@ -130,7 +140,7 @@ class CodeInterpreter:
                         yield output.text.replace("\0", "\ufffd")
                     elif isinstance(output, Picture):
                         pictures += 1
-                        yield await self._keep_picture(row.project, output, pictures)
+                        yield await self._keep_picture(row, output, pictures)
                     elif told := _end_note(output):
                         yield told
             if opened.session.alive:
@@ -139,8 +149,15 @@ class CodeInterpreter:
         except SessionLost as lost:
             yield f"\n[{_over(str(lost))}]\n"
 
-    async def _open_session(self, key: ThreadKey) -> _Open:
+    async def _open_session(self, row: RunRow) -> _Open:
+        key = row.project, row.run.thread_id
+
+        async def work(tx: Transaction) -> None:
+            await _check_held(tx, row)
+            await file_rows.set_session_worker(tx, *key, self._worker)
+
         await self._end(key)
+        await self._house.store.write(work)
         try:
             session = await self._house.code_engine.open()
         except SandboxBusy:
@@ -151,6 +168,7 @@ class CodeInterpreter:
             session = await self._house.code_engine.open()
         now = self._house.clock.now()
         self._open[key] = opened = _Open(session, now, now)
+        self._house.metrics.code_sessions.inc()
         return opened
 
     async def _bring(self, project: str, opened: _Open, files: list[PlacedFile]) -> list[str]:
@@ -172,9 +190,13 @@ class CodeInterpreter:
             _look(opened, await opened.session.list_files())
         return notes
 
-    async def _keep_picture(self, project: str, picture: Picture, number: int) -> File:
+    async def _keep_picture(self, row: RunRow, picture: Picture, number: int) -> File:
         suffix = picture.mime.removeprefix("image/").replace("jpeg", "jpg")
-        return await store_output(self._house, project, f"image-{number}.{suffix}", _once(picture.data))
+
+        async def note(tx: Transaction, _: File) -> None:
+            await _check_held(tx, row)
+
+        return await store_output(self._house, row.project, f"image-{number}.{suffix}", _once(picture.data), note)
 
     # --- what a cell has written -------------------------------------------------------------------------------
 
@@ -198,17 +220,15 @@ class CodeInterpreter:
         return [_dropped_note(dropped)] if dropped else []
 
     async def _store(self, row: RunRow, session: CodeSession, file: SandboxFile) -> None:
-        try:
-            async with aclosing(session.get(file.name, file.size_bytes)) as chunks:
-                stored = await store_output(self._house, row.project, PurePosixPath(file.name).name, chunks)
-        except FileNotFoundError:  # a thread of the session's has removed it since
-            return
-
-        async def work(tx: Transaction) -> None:
+        async def note(tx: Transaction, stored: File) -> None:
+            await _check_held(tx, row)
             placed = PlacedFile(file.name, stored.id, stored.bytes, None)
             await file_rows.put_sandbox_file(tx, row.project, row.run.thread_id, placed, stored.created_at)
 
-        await self._house.store.write(work)
+        # A thread of the session's may have removed it since.
+        with contextlib.suppress(FileNotFoundError):
+            async with aclosing(session.get(file.name, file.size_bytes)) as chunks:
+                await store_output(self._house, row.project, PurePosixPath(file.name).name, chunks, note)
 
     async def _forget_removed(self, row: RunRow, opened: _Open, listed: list[SandboxFile]) -> None:
         """What the code itself has made and removed is not put back into a later session."""
@@ -218,6 +238,7 @@ class CodeInterpreter:
         if gone:
 
             async def work(tx: Transaction) -> None:
+                await _check_held(tx, row)
                 await file_rows.forget_outputs(tx, row.project, row.run.thread_id, list(gone))
 
             await self._house.store.write(work)
@@ -249,6 +270,7 @@ class CodeInterpreter:
 
     async def _end(self, key: ThreadKey) -> None:
         if opened := self._open.pop(key, None):
+            self._house.metrics.code_sessions.dec()
             await opened.session.close()
 
     async def close(self) -> None:
@@ -257,6 +279,12 @@ class CodeInterpreter:
 
 
 # --- names and words -------------------------------------------------------------------------------------------
+
+
+async def _check_held(tx: Transaction, row: RunRow) -> None:
+    """Code that goes on after its worker was taken for dead leaves nothing behind. Raises LostLease."""
+    if not await touch_held_run(tx, row.project, row.run.id, row.attempt):
+        raise LostLease(row.run.id)
 
 
 async def _place_files(tx: Transaction, row: RunRow, now: int) -> list[PlacedFile]:
@@ -269,7 +297,7 @@ async def _place_files(tx: Transaction, row: RunRow, now: int) -> list[PlacedFil
     await file_rows.delete_sandbox_files(tx, project, thread_id, dropped)
     kept = [file for file in rows if file.name not in dropped]
     taken, placed = {file.name for file in kept}, {file.input_id for file in kept}
-    for file_id, file in (await file_rows.get_files(tx, project, wanted, now)).items():
+    for file_id, file in (await file_rows.hold_files(tx, project, wanted, now)).items():
         if file_id not in placed:
             name = free_name(clean_name(file.filename) or file_id, taken)
             taken.add(name)

@@ -80,6 +80,13 @@ async def stored(server: Any, run_id: str) -> bytes:
     return b"".join([segment.data for segment in await server.house.store.read(work)])
 
 
+async def idle(server: Any) -> None:
+    """Wait until no run and no file is in hand: a caller can read of its end before the log and the metrics have it."""
+    async with asyncio.timeout(PATIENCE_S):
+        while server.application.worker.running or server.application.pipeline._tasks:
+            await asyncio.sleep(0.001)
+
+
 async def happened(server: Any, run_id: str, name: str, times: int = 1) -> None:
     """Wait until an event of this name was announced, `times` times since the run began."""
     mark = f"event: {name}\n".encode()

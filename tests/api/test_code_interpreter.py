@@ -12,6 +12,7 @@ from openai.types.beta.threads.runs import CodeInterpreterToolCall, RunStep
 
 from afterglow.contracts import CellEnd, EngineStatus, Logs, Picture
 from afterglow.errors import SandboxBusy
+from afterglow.rows import files as file_rows
 from afterglow.testing import SetClock, Write, calls, says
 from tests.api.streams import names, read_events, streaming
 from tests.api.wire import until
@@ -379,6 +380,35 @@ async def test_sessions_end_with_age_and_idleness(start_server: ServerFactory, t
         assert len(server.code.sessions) == 2
 
 
+async def test_a_session_is_out_of_date_once_another_worker_had_one(server: Server) -> None:
+    """When the thread's code has run elsewhere since, a new session is opened, and the model hears of it."""
+    server.model.will(PRINTS, says("1."))
+    run = await ask(server)
+    store = server.house.store
+    await store.write(lambda tx: file_rows.set_session_worker(tx, "default", run.thread_id, "worker_other"))
+    server.model.will(PRINTS, says("2."))
+    await ask(server, thread_id=run.thread_id)
+    assert [session.alive for session in server.code.sessions] == [False, True]
+    assert tool_output(server).startswith("[A new sandbox session")
+
+
+@pytest.mark.parametrize("leaves", [Write("out.txt", b"stale"), Picture(PNG)])
+async def test_code_of_an_attempt_that_was_taken_over_leaves_nothing(server: Server, leaves: Any) -> None:
+    """A worker that was taken for dead while its code ran stores no file of it and shows no more of it."""
+    paused = asyncio.Event()
+    server.model.will(PRINTS)
+    server.code.will([Logs("early"), paused, leaves, Logs("late")])
+    assistant = await server.assistant(tools=[PYTHON])
+    run = await server.client.beta.threads.create_and_run(assistant_id=assistant.id)
+    await until(lambda: server.code.ran)
+    store = server.house.store
+    await store.write(lambda tx: tx.execute("UPDATE runs SET attempt = attempt + 1 WHERE id = $1", run.id))
+    paused.set()
+    await until(lambda: server.application.worker.running == 0)
+    for table in ("files", "sandbox_files", "loose_blobs"):
+        assert await store.read(lambda tx, table=table: tx.fetch(f"SELECT * FROM {table}")) == []  # type: ignore[misc]
+
+
 async def test_a_deleted_thread_ends_its_session(server: Server) -> None:
     """Nothing of a deleted thread stays in a sandbox."""
     server.model.will(PRINTS, says("1."))
@@ -482,7 +512,8 @@ async def test_whoever_stops_listening_has_stopped_the_code(server: Server) -> N
     server.model.will(says("Hello."))
     run = await ask(server)
     server.code.will([Logs("first"), asyncio.Event()])
-    row = SimpleNamespace(project="default", run=run)
+    await server.house.store.write(lambda tx: tx.execute("UPDATE runs SET holds_thread = 1, worker = 'this test'"))
+    row = SimpleNamespace(project="default", run=run, attempt=1)
     outputs = interpreter.run(row, [], "while True: pass", seen=False)  # type: ignore[arg-type]
     assert await anext(outputs) == "first"
     await outputs.aclose()

@@ -278,6 +278,7 @@ async def test_not_ready_while_the_database_is_broken(server: Server, wire: Wire
     assert (await wire.get("//readyz")).json == {"status": "ready"}
 
 
+@pytest.mark.usefixtures("on_sqlite")
 async def test_being_ready_is_tried_by_writing(server: Server, wire: Wire):
     """/readyz commits a change each time, which another connection sees; /healthz touches nothing."""
     with closing(sqlite3.connect(database_path(server.house.settings))) as beside:

@@ -607,6 +607,7 @@ def _break_the_index(server: Server) -> None:
     index.write_bytes(b"This was a database." * 1000)
 
 
+@pytest.mark.usefixtures("on_sqlite")
 async def test_a_store_that_cannot_be_read_does_not_ask_the_model_for_ever(server: Server) -> None:
     """The model is told that the search failed, is offered it no more after two turns, and the run goes on."""
     assistant = await librarian(server)
@@ -623,6 +624,7 @@ async def test_a_store_that_cannot_be_read_does_not_ask_the_model_for_ever(serve
     )
 
 
+@pytest.mark.usefixtures("on_sqlite")
 async def test_a_search_that_failed_beside_a_function(server: Server) -> None:
     """The function's output and the failure of the search beside it are both shown to the model."""
     assistant = await librarian(server, tools=[GET_WEATHER])

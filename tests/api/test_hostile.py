@@ -22,6 +22,8 @@ from tests.api.test_errors import BODIES, METHODS, NOT_JSON, filled
 from tests.api.wire import Answer, Fault, Json, Wire
 from tests.conftest import Server
 
+pytestmark = pytest.mark.slow
+
 TEN_MEGABYTES = 10_000_000
 RACERS = 64
 ODD_PARTS = (
@@ -160,6 +162,7 @@ async def test_a_wrong_type_anywhere_is_told(wire: Wire):
     await assert_alive(wire)
 
 
+@pytest.mark.slow
 async def test_large_bodies_are_refused_like_small_ones(wire: Wire):
     """Ten megabytes of text, brackets, numbers or keys get the refusal that a little of them would get."""
     thread = await wire.made("/threads")

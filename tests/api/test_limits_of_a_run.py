@@ -128,6 +128,7 @@ async def test_a_model_without_tools_is_offered_none(server: Server) -> None:
     assert len(server.model.requests) == 1
 
 
+@pytest.mark.slow
 async def test_a_large_body_makes_nobody_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a body of many megabytes is looked through, the event loop goes on turning."""
     huge = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(200_000)}}

@@ -1245,11 +1245,11 @@ async def test_a_renewal_that_comes_late_stops_nobody_else(server: Server, monke
     await until_asked(server, 1)
     write = server.house.store.write
 
-    async def slow_write(work: Any) -> Any:
+    async def slow_write(work: Any, **options: Any) -> Any:
         if "_renew" not in work.__qualname__:
-            return await write(work)
+            return await write(work, **options)
         await begin.wait()
-        renewed = await write(work)
+        renewed = await write(work, **options)
         await end.wait()
         return renewed
 

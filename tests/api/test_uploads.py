@@ -268,6 +268,7 @@ async def test_a_part_is_a_form_with_data(server: Server, wire: Wire):
     assert blobs_in(server) == []
 
 
+@pytest.mark.slow
 async def test_a_part_has_64_megabytes(server: Server, wire: Wire):
     """It may be larger than other bodies; one of more than that is a 413."""
     size = server.house.settings.max_body_mb * 1024**2 + 1

@@ -242,6 +242,7 @@ async def test_files_of_stores_that_change_after_the_moment(tmp_path: Path, monk
         assert set(await found(server, two, "word")) == {"lost.txt"}
 
 
+@pytest.mark.slow
 async def test_search_files_that_are_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A search file that cannot be read, and one that lacks what the rows say, are made anew after a restore."""
     async with running_server(tmp_path / "data") as server:

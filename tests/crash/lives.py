@@ -6,11 +6,10 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import httpx2
 import msgspec
@@ -144,19 +143,14 @@ async def mortal(folder: Path, model: ScriptedModels, **settings: Any) -> AsyncG
     """A server that at the end of the block dies: its tasks are gone, its leases are left, nothing is cleaned up."""
     before = asyncio.all_tasks()
     make_data_folder(folder)
-    stores: list[DyingStore] = []
-
-    def open_store(path: Path) -> DyingStore:
-        stores.append(DyingStore(SqliteStore(path)))
-        return stores[0]
-
+    loaded = settings_of(folder, **settings)
+    store = DyingStore(SqliteStore(app.database_path(loaded)))
     # Not `open_application`: that cannot be left without an orderly end.
-    with patch.object(app, "SqliteStore", open_store):
-        application = await app._build(
-            settings_of(folder, **settings), model, SetClock(), ScriptedEngine(), ScriptedParser()
-        )
-    (store,) = stores
-    await application.start()
+    opened = AsyncExitStack()
+    application = await app._build(
+        loaded, opened, "all", model, SetClock(), ScriptedEngine(), ScriptedParser(), None, store
+    )
+    await application.start(work=True)
     try:
         yield Life(application, store)
     finally:

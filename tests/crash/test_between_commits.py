@@ -14,6 +14,8 @@ from afterglow.testing import Saying, calls, says
 from tests.conftest import GET_WEATHER
 from tests.crash.lives import PATIENCE_S, Left, Life, Storyteller, check_run, mortal, next_life
 
+pytestmark = pytest.mark.slow
+
 OVER = ("completed", "failed", "cancelled", "incomplete", "expired")
 COST = 15  # tokens of one scripted call
 ANSWER = "It is raining in Oslo and in Bergen, and nobody there minds at all."
@@ -161,11 +163,11 @@ COMMITS = {"text": 4, "functions": 12, "text and functions": 13}
     ("story", "act", "flush_ms"),
     [
         ("text", "talk", 60_000),
-        ("text", "talk", 1),
+        pytest.param("text", "talk", 1, marks=pytest.mark.slow),
         ("text", "talk_on_a_new_thread", 60_000),
         ("functions", "talk", 60_000),
         pytest.param("functions", "talk", 1, marks=pytest.mark.slow),
-        ("text and functions", "talk", 60_000),
+        pytest.param("text and functions", "talk", 60_000, marks=pytest.mark.slow),
         pytest.param("text and functions", "talk", 1, marks=pytest.mark.slow),
     ],
 )

@@ -15,6 +15,8 @@ from afterglow.contracts import House
 from afterglow.testing import ScriptedModels
 from tests.crash.lives import PATIENCE_S, PROJECT, Life, mortal, next_life
 
+pytestmark = pytest.mark.slow
+
 TEXT = b"Cats sleep.\nCats purr."
 Act = Callable[["Caller"], Awaitable[None]]
 

@@ -177,7 +177,7 @@ async def test_stopping_is_quick_and_loses_nothing(tmp_path: Path, model_url: st
     talks = [Talk() for _ in range(5)]
     async with serving(tmp_path, "--model-url", model_url) as served, client_of(served) as client:
         tasks = await streaming(client, talks)
-        ended = await served.stop(signal.SIGTERM, within_s=8)
+        ended = await served.stop(signal.SIGINT, within_s=8)
         assert ended.code == 0, ended.err
         assert "runs in progress go on at the next start" in ended.out
         assert "Traceback" not in ended.err

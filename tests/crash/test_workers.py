@@ -147,6 +147,19 @@ async def test_a_lease_that_is_renewed_is_not_taken(tmp_path: Path):
         assert len(model.requests) == 1
 
 
+async def test_a_cancel_whose_word_was_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A worker that is not told of a cancel sees it in the rows within a second."""
+    monkeypatch.setattr("afterglow.runs.worker.SWEEP_S", 0.01)
+    model = ScriptedModels()
+    model.will([asyncio.Event()])
+    async with next_life(tmp_path / "data", model) as life:
+        run = await until(life, await start(life), "in_progress")
+        await eventually(lambda: len(model.requests) == 1)
+        monkeypatch.setattr(life.house.queue, "cancel", lambda run_id: None)
+        await life.client.beta.threads.runs.cancel(run.id, thread_id=run.thread_id)
+        assert (await until(life, run, *OVER)).status == "cancelled"
+
+
 async def leases(store: Store) -> list[tuple[Any, ...]]:
     return await store.read(lambda tx: tx.fetch("SELECT id, attempt, lease_until FROM runs"))
 
@@ -255,7 +268,7 @@ async def test_a_full_disk_costs_no_answer(
         assert refused.value.status_code == 503
         assert refused.value.response.headers["retry-after"] == "30"
         full.set()
-        await eventually(lambda: "was not written" in caplog.text)
+        await eventually(lambda: "is not written" in caplog.text)
         clock.time += for_s
         await asyncio.sleep(0.2)  # some rounds of everything that repeats
         assert (await until(life, run, "in_progress")).status == "in_progress"

@@ -40,6 +40,11 @@ class Served:
     def log(self) -> str:
         return self._log.read_text()
 
+    @property
+    def complaints(self) -> list[str]:
+        """The lines of the log but those of level info, which tell of runs that ended."""
+        return [line for line in self.log.splitlines() if line.split()[1:2] != ["info"]]
+
     async def hear(self) -> None:
         """Take in the greeting. Fails with the log when the server ends instead."""
         assert self.process.stdout is not None
@@ -103,3 +108,16 @@ async def serving(
             served = Served(process, log)
             await asyncio.wait_for(served.hear(), PATIENCE_S)
             yield served
+
+
+@asynccontextmanager
+async def working(folder: Path, env: Mapping[str, str]) -> AsyncGenerator[Path, None]:
+    """`afterglow worker`, working; gives its log."""
+    log = folder / "worker.log"
+    with log.open("ab") as stderr:
+        command = (*AFTERGLOW, "worker", "--data", folder / "data")
+        async with _started(*command, env=env, stdout=PIPE, stderr=stderr, cwd=folder) as process:
+            assert process.stdout is not None
+            line = await asyncio.wait_for(process.stdout.readline(), PATIENCE_S)
+            assert line.startswith(b"Working."), log.read_text()
+            yield log

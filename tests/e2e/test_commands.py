@@ -66,7 +66,7 @@ def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]):
             ["sandbox", "setup", "--config", "none.toml"],
             "The configuration file none.toml cannot be read: No such file",
         ),
-        (["sandbox", "check", "--code-interpreter", "no"], "expected auto or native or docker or off, got 'no'."),
+        (["sandbox", "check", "--code-interpreter", "no"], "expected auto or native or docker or remote or off, got"),
         (["serve", "--port", "http"], "--port: expected a whole number, got 'http'."),
         (["serve", "--port", "65536"], "port: must be between 0 and 65535."),
         (["serve", "--log-level", "loud"], "log_level: expected debug or info or warning or error, got 'loud'."),
@@ -285,6 +285,22 @@ def test_reindex(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out.startswith("0 files will be indexed anew by the server")
     assert cli.main(["reindex", "vs_x", "--data", "data"]) == 1
     assert capsys.readouterr().err == "afterglow: Vector store with id 'vs_x' not found.\n"
+
+
+def test_backup_of_a_postgres(capsys: pytest.CaptureFixture[str]):
+    """`afterglow backup` is for data folders, and says what else there is."""
+    assert cli.main(["backup", "copy", "--database-url", "postgresql://somewhere/x"]) == 1
+    assert "pg_dump" in capsys.readouterr().err
+    assert not Path("copy").exists()
+
+
+def test_doctor_and_a_database_that_is_away(capsys: pytest.CaptureFixture[str]):
+    """A Postgres or a bucket that does not answer is a finding, without the password."""
+    words = ["--database-url", "postgresql://user:geheim@127.0.0.1:1/x"]
+    assert cli.main(["doctor", "--code-interpreter", "off", *words]) == 1
+    out = capsys.readouterr().out
+    assert "BAD  the database of database_url" in out
+    assert "geheim" not in out
 
 
 def test_restore_over_something(capsys: pytest.CaptureFixture[str]):

@@ -37,7 +37,7 @@ async def test_a_whole_app(version: str, story_server: Served):
     """What apps do with this SDK works unmodified, while pings fall into every stream."""
     ended = await node(version, "client_story.mjs", story_server.url, "sk-story")
     assert f"openai-node {version}" in ended.out
-    assert story_server.log == ""
+    assert story_server.complaints == []
 
 
 @pytest.mark.parametrize("version", VERSIONS)

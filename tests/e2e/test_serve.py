@@ -65,13 +65,18 @@ async def test_the_greeting(tmp_path: Path):
         }
         async with client(served) as api:
             assert "built-in offline stand-in" in await answer(api, "Why is the sky blue?")
-        assert served.log == ""
+        assert served.complaints == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_stopping_with_an_open_stream(number: int, tmp_path: Path):
-    """SIGINT and SIGTERM end it quickly and with status 0, though a client follows a run that goes on."""
-    async with TalkingModel() as model, serving(tmp_path, "--model-url", model.url) as served, client(served) as api:
+    """SIGINT, and SIGTERM after `drain_s`, end it with status 0, though a client follows a run that goes on."""
+    env = environment(AFTERGLOW_DRAIN_S="0.2")
+    async with (
+        TalkingModel() as model,
+        serving(tmp_path, "--model-url", model.url, env=env) as served,
+        client(served) as api,
+    ):
         assistant = await api.beta.assistants.create(model="talker")
         thread = await api.beta.threads.create(messages=[{"role": "user", "content": "Think hard."}])
         events = await api.beta.threads.runs.create(thread.id, assistant_id=assistant.id, stream=True)
@@ -83,6 +88,19 @@ async def test_stopping_with_an_open_stream(number: int, tmp_path: Path):
         assert ended.code == 0
         assert ended.out == "Stopped. Everything acknowledged is stored; runs in progress go on at the next start.\n"
         assert ended.err == ""
+
+
+async def test_sigterm_lets_runs_end(tmp_path: Path):
+    """A run that is being executed ends as if nothing were, and so does its stream; then the server stops by itself."""
+    async with TalkingModel() as model, serving(tmp_path, "--model-url", model.url) as served, client(served) as api:
+        assistant = await api.beta.assistants.create(model="talker")
+        thread = await api.beta.threads.create(messages=[{"role": "user", "content": "Count."}])
+        events = await api.beta.threads.runs.create(thread.id, assistant_id=assistant.id, stream=True)
+        names = [(await anext(aiter(events))).event]
+        served.process.send_signal(signal.SIGTERM)
+        names += [event.event async for event in events]
+        assert names[-1] == "thread.run.completed"
+        assert await asyncio.wait_for(served.process.wait(), STOP_S) == 0
 
 
 async def test_a_second_server_on_the_same_folder(tmp_path: Path):

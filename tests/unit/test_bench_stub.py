@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from time import perf_counter
 from typing import Any
 
 import msgspec
 import pytest
 
 from bench.client import CHUNK, Answer, BenchFailure, Connection, expect, percentile
+from bench.cluster import STAMP
 from bench.stub import model_name, serve, text_of
 
 
@@ -45,6 +47,15 @@ async def test_a_streamed_answer_has_every_token_and_its_usage(stub, rate):
     assert finish["choices"][0]["finish_reason"] == "stop"
     assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     assert len(tokens) == len(answer.marks) == 5
+
+
+async def test_stamped_tokens_say_when_they_were_sent(stub):
+    """Each is the time between the request and its arrival, in order."""
+    began = perf_counter()
+    answer = expect(await ask(stub, model_name(3, 1000, stamped=True), stream=True))
+    stamps = [float(stamp) for stamp in STAMP.findall(answer.body)]
+    assert began <= stamps[0] <= stamps[1] <= stamps[2]
+    assert all(stamp - 1e-6 <= arrived for stamp, arrived in zip(stamps, answer.marks, strict=True))
 
 
 async def test_usage_comes_only_when_it_is_asked_for(stub):

@@ -883,6 +883,7 @@ def test_the_good_bodies_are_good(kind: type[objects.Body], body: Any):
 WRONG = [None, True, 0, -1, 3.5, 10**30, "", "auto", "a b", "x" * 65, "x" * 513, [], {}, [{}], {"type": "function"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "good"), GOOD)
 @settings(QUICK, max_examples=60)
 @given(data=st.data())

@@ -782,6 +782,7 @@ ORDINARY = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(text=ANY_TEXT | SPOKEN, earlier=SPOKEN, schema=WEIRD, choice=st.sampled_from(["auto", "required"]))
 async def test_no_schema_and_no_text_break_it(text, earlier, schema, choice):
@@ -828,6 +829,7 @@ async def test_nul_is_never_written():
     assert (await ask("say a\0b\udfff")).text == "a\ufffdb\ufffd"
 
 
+@pytest.mark.slow
 async def test_large_messages_are_no_trouble():
     """Messages of the largest size, in the shapes that slow patterns down, are answered."""
     for unit in ("a", "a ", "A, ", "1", "1+", "(", '"', "x@", "\n", "in a, ", "。", "- "):

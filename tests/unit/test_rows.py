@@ -11,7 +11,7 @@ import pytest
 
 from afterglow.contracts import Position, Segment, Transaction
 from afterglow.objects import Message, Run, RunStatus, RunStep, Thread, Usage
-from afterglow.rows import events, messages, runs, steps, threads
+from afterglow.rows import events, files, messages, runs, steps, threads
 from afterglow.rows.runs import RunAsked, RunRow
 from afterglow.store.sqlite import SqliteStore
 
@@ -276,6 +276,39 @@ async def test_events_of_active_runs_are_kept(rows: Rows):
     assert len(await rows(events.list_segments, P, "over", Position(0, 0))) == 1
 
 
+async def test_text_of_a_run_that_is_gone_goes_with_time(rows: Rows):
+    """Text that was being written while its thread was deleted is deleted like what is old."""
+    await rows.run("run_1")
+    await rows(events.insert_segment, P, "run_1", segment(0, 1, 1), NOW)
+    await rows.sql("DELETE FROM runs RETURNING id")
+    assert await rows(events.delete_events_before, NOW + 1, 9) == 1
+
+
+async def test_a_segment_is_there_once(rows: Rows):
+    """One that is written again, since nobody knew whether it was, stays as it is."""
+    await rows.run("run_1")
+    for _ in range(2):
+        await rows(events.insert_segment, P, "run_1", segment(0, 1, 1), NOW)
+    assert len(await rows(events.list_segments, P, "run_1", Position(0, 0))) == 1
+
+
+# --- bytes that no file owns -----------------------------------------------------------------------------------
+
+
+async def test_bytes_that_are_to_be_deleted_are_owned_by_nobody(rows: Rows):
+    """Who takes loose bytes has them for good; once they are condemned, nobody can take them."""
+    taken, condemned = files.LooseBlob(P, "ta/taken"), files.LooseBlob(P, "co/condemned")
+    for loose in (taken, condemned):
+        await rows(files.insert_loose_blob, loose, NOW)
+    assert await rows(files.take_loose_blob, taken)
+    assert not await rows(files.condemn_loose_blob, taken)
+    assert await rows(files.condemn_loose_blob, condemned)
+    assert not await rows(files.take_loose_blob, condemned)
+    assert await rows(files.list_loose_blobs, NOW, 9) == [condemned]
+    await rows(files.delete_loose_blob, condemned)
+    assert await rows(files.list_loose_blobs, float("inf"), 9) == []
+
+
 # --- what is left behind ---------------------------------------------------------------------------------------
 
 
@@ -345,8 +378,11 @@ async def test_deleting_a_thread_leaves_nothing(rows: Rows):
         await rows(steps.insert_step, project, step, 3, 1)
     assert await rows(threads.delete_thread, P, "t")
     assert not await rows(threads.delete_thread, P, "t")
-    tables = [name for (name,) in await rows.sql("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    for table in sorted({*tables} - {"migrations", "projects"}):
+    of_projects = (
+        "SELECT t.name FROM sqlite_master t JOIN pragma_table_info(t.name) c"
+        " WHERE t.type = 'table' AND c.name = 'project_id' ORDER BY t.name"
+    )
+    for (table,) in await rows.sql(of_projects):
         assert await rows.sql(f"SELECT COUNT(*) FROM {table} WHERE project_id = $1", P) == [(0,)], table
     assert await rows.sql("SELECT COUNT(*) FROM events WHERE project_id = 'other'") == [(1,)]
     assert await rows(threads.delete_thread, "other", "t")

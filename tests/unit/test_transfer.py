@@ -807,6 +807,7 @@ async def write_threads(tx: Transaction, threads: list[tuple[int, dict[str, str]
                 await step_rows.insert_step(tx, "default", made, seq, 0)
 
 
+@pytest.mark.slow
 @given(THREADS)
 @settings(max_examples=40, deadline=None)
 def test_an_export_imports_to_the_same_again(threads: list[tuple[int, dict[str, str], list[Any]]]):
