@@ -23,7 +23,7 @@ test: .venv/.dev .venv/.sandbox ## the tests to run before every commit (under t
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-all: .venv/.dev .venv/.sandbox ## all tests, with the slow kinds; those of the API on Postgres, too
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --database postgres tests/api
 
 SEEDS ?= 1-5

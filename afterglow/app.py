@@ -38,7 +38,7 @@ from afterglow.declared import declare_assistants
 from afterglow.embeddings import EmbeddingServer
 from afterglow.errors import ConfigError, NotFound, StoreError
 from afterglow.events.local import LocalEvents
-from afterglow.files import sweep_blobs
+from afterglow.files import sweep_blobs, tidy_files
 from afterglow.ingest.parse import Parsers
 from afterglow.ingest.pipeline import Parser, Pipeline
 from afterglow.llm import Models
@@ -546,6 +546,7 @@ async def _take_over(house: House) -> None:
     if left := await house.store.write(release_jobs):
         log.warning("%d files were being indexed when the server last stopped; they are indexed now.", left)
     await sweep_blobs(house, math.inf)
+    await tidy_files(house)  # a file whose deletion was begun is not there to be indexed
 
 
 async def _check_folder(house: House) -> None:
