@@ -32,6 +32,7 @@ from afterglow.sandbox.cgroups import AGENT_TASKS
 from afterglow.sandbox.docker_api import OLDEST, Docker, DockerFault, Info, Version
 from afterglow.sandbox.guest import contained, wall
 from afterglow.sandbox.session import Session
+from afterglow.sandbox.settling import Settling
 from afterglow.settings import Settings
 from afterglow.telemetry import log
 
@@ -51,7 +52,6 @@ TMP_MB = 64  # of /tmp, and as much again of /dev/shm
 LOOK_S = 5.0  # between two looks for sessions that are too old, or have been idle for too long
 START_S = 60.0  # for a container, until its packages are imported
 LOOK_AT_LOG = "Docker's own log may say more."
-CLOSING = EngineStatus("off", "docker", reason="The server is stopping.")
 MB = 1 << 20
 
 COMMAND = [
@@ -95,43 +95,25 @@ class Container:
         await asyncio.wait([self.removal()])
 
 
-class DockerEngine:
+class DockerEngine(Settling):
     """A `contracts.CodeEngine`. sockets: where Docker may listen, the preferred place first; None: `docker_host`, else
     the usual places."""
 
     def __init__(self, settings: Settings, sockets: Sequence[str] | None = None, probe: Probe = attacks.probe) -> None:
+        super().__init__("docker")
         self._settings = settings
         configured = [settings.docker_host] if settings.docker_host else usual_sockets()
         self._sockets = configured if sockets is None else sockets
         self._probe = probe
         self._owner = Owner(this_host(), os.getpid(), secrets.token_hex(4))
-        self._status = EngineStatus("starting", "docker")
         self._docker: Docker | None = None
         self._body: Mapping[str, Any] = {}
         self._most = settings.sandbox_sessions
-        self._starting: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()  # of which none outlives the engine
         self._filling = False
         self._opening = 0
         self._containers: set[Container] = set()
         self._pool: deque[Container] = deque()
         self._left: set[str] = set()  # containers that Docker did not remove when it was asked
-
-    @property
-    def status(self) -> EngineStatus:
-        return self._status
-
-    def start(self) -> None:
-        if self._starting is None and self._status is not CLOSING:
-            self._starting = self._spawn(self._settle())
-
-    async def settled(self) -> EngineStatus:
-        self.start()
-        if self._starting is not None:
-            await asyncio.wait([self._starting])
-            if not self._starting.cancelled():
-                self._starting.result()  # a fault of ours is raised, not taken for "starting"
-        return self._status
 
     async def open(self) -> CodeSession:
         status = await self.settled()
@@ -153,19 +135,9 @@ class DockerEngine:
         return container.session
 
     async def close(self) -> None:
-        self._status = CLOSING
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._end_tasks()
         await asyncio.gather(*(container.session.close() for container in self._containers))
         await self._disconnect()
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     # --- starting
 
@@ -312,14 +284,7 @@ class DockerEngine:
             container = self._pool.popleft()
             if container.session.alive:
                 return container
-        making = self._spawn(self._make())
-        try:
-            return await making
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if making.cancelled() and caller is not None and not caller.cancelling():  # it was cancelled by `close`
-                raise SandboxOff(CLOSING.reason) from None
-            raise
+        return await self._await(self._spawn(self._make()))
 
     def _fill_pool(self) -> None:
         if self._status.state == "on" and not self._filling:

@@ -22,7 +22,7 @@ import asyncio
 import random
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -33,6 +33,7 @@ from afterglow.sandbox import attacks
 from afterglow.sandbox.guest.door import CPUS, GREETING, MAGIC, MEMORY, OPEN, TRY, WELCOME, WIRE, key_of
 from afterglow.sandbox.pod import check_token
 from afterglow.sandbox.session import Session
+from afterglow.sandbox.settling import Settling
 from afterglow.settings import Settings
 from afterglow.telemetry import log
 
@@ -49,7 +50,6 @@ END_S = 4.0  # for a pod to close its side
 LOOK_S = 5.0  # between two looks for sessions that are too old, or for pods where none was found
 MB = 1 << 20
 MANIFEST = "see deploy/kubernetes/sandbox.yaml."
-CLOSING = EngineStatus("off", "remote", reason="The server is stopping.")
 # Attacks that take what a pod's manifest may leave unbounded, but get nowhere else.
 UNBOUNDED = {
     "start too many processes": "The pods do not bound the processes of a session: set podPidsLimit of the kubelet.",
@@ -135,37 +135,19 @@ class Pod:
             self._line.close()
 
 
-class RemoteEngine:
+class RemoteEngine(Settling):
     """A `contracts.CodeEngine`. Raises ConfigError for settings that cannot be used."""
 
     def __init__(self, settings: Settings, probe: Probe = attacks.probe) -> None:
+        super().__init__("remote")
         check_token(settings.sandbox_token)
         self._settings = settings
         self._places = places(settings.sandbox_url)
         self._probe = probe
-        self._status = EngineStatus("starting", "remote")
-        self._starting: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()  # of which none outlives the engine
         self._pods: set[Pod] = set()
         self._opening = 0
         self._hopeless = False  # whether another look would find the same
         self._tls = ssl.create_default_context() if any(place.tls for place in self._places) else None
-
-    @property
-    def status(self) -> EngineStatus:
-        return self._status
-
-    def start(self) -> None:
-        if self._starting is None and self._status is not CLOSING:
-            self._starting = self._spawn(self._settle())
-
-    async def settled(self) -> EngineStatus:
-        self.start()
-        if self._starting is not None:
-            await asyncio.wait([self._starting])
-            if not self._starting.cancelled():
-                self._starting.result()  # a fault of ours is raised, not taken for "starting"
-        return self._status
 
     async def open(self) -> CodeSession:
         status = await self.settled()
@@ -186,18 +168,8 @@ class RemoteEngine:
         return pod.session
 
     async def close(self) -> None:
-        self._status = CLOSING
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await self._end_tasks()
         await asyncio.gather(*(pod.session.close() for pod in self._pods))
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     # --- starting
 
@@ -242,14 +214,7 @@ class RemoteEngine:
     # --- pods
 
     async def _take(self) -> Pod:
-        making = self._spawn(self._make(OPEN))
-        try:
-            pod = await making
-        except asyncio.CancelledError:
-            caller = asyncio.current_task()
-            if making.cancelled() and caller is not None and not caller.cancelling():  # it was cancelled by `close`
-                raise SandboxOff(CLOSING.reason) from None
-            raise
+        pod = await self._await(self._spawn(self._make(OPEN)))
         pod.taken_at = asyncio.get_running_loop().time()
         return pod
 
