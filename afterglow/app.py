@@ -36,7 +36,7 @@ from afterglow.contracts import (
 )
 from afterglow.declared import declare_assistants
 from afterglow.embeddings import EmbeddingServer
-from afterglow.errors import ConfigError, NotFound, StoreError
+from afterglow.errors import AfterglowError, ConfigError, NotFound, StoreError
 from afterglow.events.local import LocalEvents
 from afterglow.files import sweep_blobs, tidy_files
 from afterglow.ingest.parse import Parsers
@@ -333,8 +333,10 @@ class Application:
         """Others who start with a folder of their own learn that this one is in use."""
         while True:
             await asyncio.sleep(FOLDER_NOTED_EVERY_S)
-            with contextlib.suppress(StoreError):
+            try:
                 await _check_folder(self.house)
+            except AfterglowError as error:
+                log.error("The data folder was not noted: %s", error)
 
     async def _mark_forever(self) -> None:
         while True:

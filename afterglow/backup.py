@@ -80,8 +80,7 @@ def back_up(settings: Settings, target: Path, say: Say) -> None:
 
     Raises ConfigError, StoreFull and StoreUnavailable; then `target` holds no backup.
     """
-    if settings.database_url:
-        raise ConfigError("This copies a data folder. Of Postgres pg_dump makes a backup; docs/cluster.md says how.")
+    _check_shape(settings)
     if not database_path(settings).is_file():
         raise ConfigError(f"The data folder {settings.data} holds no database.")
     with _translated(), _filled(target, last=CHECKSUMS) as partial:
@@ -101,6 +100,11 @@ def back_up(settings: Settings, target: Path, say: Say) -> None:
             file.write("".join(lines).encode())
         size = sum(path.stat().st_size for path in checksums)
     say(f"{target} holds a backup of {len(checksums):,} files, {size / 1e6:,.1f} MB.")
+
+
+def _check_shape(settings: Settings) -> None:
+    if settings.database_url:
+        raise ConfigError("This is for a data folder. Postgres is saved by pg_dump; docs/cluster.md says how.")
 
 
 def _copy_blobs_and_database(settings: Settings, copy: Settings, say: Say) -> dict[Path, str]:
@@ -283,6 +287,7 @@ def restore(settings: Settings, source: Path, say: Say) -> None:
     Every byte is held against its checksum. Raises ConfigError, StoreFull and StoreUnavailable; then there is no data
     folder.
     """
+    _check_shape(settings)
     checksums = _read_checksums(source)
     target = Path(settings.data)
     with _translated(), _filled(target, last=database_path(settings).name) as partial:

@@ -174,11 +174,11 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _worker(options: argparse.Namespace) -> int:
-    from afterglow.serve import work
+    from afterglow.serve import run_worker
 
     loaded = _load(options)
     telemetry.configure(loaded.log_format, loaded.log_level)
-    work(loaded, partial(print, flush=True))
+    run_worker(loaded, partial(print, flush=True))
     return 0
 
 

@@ -23,7 +23,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
-from urllib.parse import urlsplit
 
 import msgspec
 
@@ -32,7 +31,7 @@ from afterglow.contracts import Blobs, SearchIndex, SqlRow, Store, Transaction
 from afterglow.errors import BlobMissing, ConfigError, StoreUnavailable
 from afterglow.rows import moves
 from afterglow.rows.moves import Database, Key, Table
-from afterglow.settings import Settings
+from afterglow.settings import Settings, without_password
 
 Say = Callable[[str], None]
 FIRST_ROWS = 64
@@ -114,10 +113,7 @@ async def _opened(settings: Settings) -> AsyncIterator[_Place]:
 
 
 def _name(settings: Settings) -> str:
-    if not settings.database_url:
-        return str(Path(settings.data).resolve())
-    url = urlsplit(settings.database_url)
-    return f"postgresql://{url.netloc.rpartition('@')[2]}{url.path}"
+    return without_password(settings.database_url) if settings.database_url else str(Path(settings.data).resolve())
 
 
 def _bytes_in(settings: Settings) -> str:

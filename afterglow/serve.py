@@ -11,7 +11,6 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any
-from urllib.parse import urlsplit
 
 import uvicorn
 import uvloop
@@ -20,7 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from afterglow.app import Application, Part, open_application
 from afterglow.errors import ConfigError, InvalidRequest
 from afterglow.probes import serve_metrics
-from afterglow.settings import Settings
+from afterglow.settings import Settings, without_password
 
 GRACE_S = 3
 KEEP_ALIVE_S = 75  # longer than clients and load balancers keep a connection that they may write to again
@@ -41,7 +40,7 @@ def serve(settings: Settings, say: Callable[[str], None], *, work: bool = True) 
     _run(_serve(settings, say, "all" if work else "api"))
 
 
-def work(settings: Settings, say: Callable[[str], None]) -> None:
+def run_worker(settings: Settings, say: Callable[[str], None]) -> None:
     """Execute runs and index files for servers on the same Postgres, until SIGINT or SIGTERM. Raises ConfigError."""
     if not settings.database_url:
         raise ConfigError(
@@ -177,15 +176,9 @@ def _greet(settings: Settings, port: int, say: Callable[[str], None]) -> None:
     else:
         model = "the built-in offline model, which is no language model (--model-url URL names a real one)"
     say(f"Base URL   http://{host}:{port}{settings.root_path.rstrip('/')}/v1")
-    say(f"Data       {_shown(settings.database_url) or settings.data}")
+    say(f"Data       {without_password(settings.database_url) if settings.database_url else settings.data}")
     say(f"Model      {model}")
     say("Stop       Ctrl-C")
-
-
-def _shown(url: str) -> str:
-    """A database's address without user and password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}" if url else ""
 
 
 def _raise_file_limit() -> None:

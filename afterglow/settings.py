@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
+from urllib.parse import urlsplit
 
 from afterglow.errors import ConfigError
 
@@ -227,6 +228,12 @@ ABOVE_ZERO = (
     "cell_output_kb",
     "database_connections",
 )
+
+
+def without_password(url: str) -> str:
+    """A database's address as it may be shown."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def load(

@@ -47,6 +47,7 @@ OFFLINE = {"offline_code", "offline_search", "offline_tables", "offline_values"}
 WING_NEIGHBOURS = {
     "llm": {"chat"},
     "embeddings": {"chat"},
+    "search.sessions": {"store"},
     "testing": {"ingest"},
     "offline": OFFLINE,
     **dict.fromkeys(OFFLINE, OFFLINE),

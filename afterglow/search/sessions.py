@@ -14,6 +14,7 @@ import asyncpg
 
 from afterglow.errors import ConfigError, StoreFull, StoreUnavailable
 from afterglow.search.statements import READ, WRITE
+from afterglow.store.pool import open_pool
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger("afterglow.search")
 
-CONNECT_TIMEOUT_S = 5.0
 ACQUIRE_TIMEOUT_S = 30.0
 COMMAND_TIMEOUT_S = 120.0  # for a network that swallows everything; the server's own limit comes first
 CLOSE_TIMEOUT_S = 30.0
+ROLLBACK_TIMEOUT_S = 5.0
 LIMITS = {
     "statement_timeout": "100s",
     "lock_timeout": "30s",
@@ -52,17 +53,10 @@ class Sessions:
     async def open(cls, url: str, *, connections: int, pooled: bool) -> Sessions:
         """As `PostgresIndex.open`. Nothing is connected yet."""
         with _translated():
-            pool = await asyncpg.create_pool(
-                url,
-                min_size=0,
-                max_size=connections,
-                timeout=CONNECT_TIMEOUT_S,
-                command_timeout=COMMAND_TIMEOUT_S,
-                statement_cache_size=0 if pooled else 100,
-                server_settings={} if pooled else LIMITS,
-                reset=_leave_as_it_is,
+            pool, after_begin = await open_pool(
+                url, connections=connections, pooled=pooled, settings=LIMITS, command_timeout_s=COMMAND_TIMEOUT_S
             )
-        return cls(pool, "".join(f"; SET LOCAL {name} = '{value}'" for name, value in LIMITS.items() if pooled))
+        return cls(pool, after_begin)
 
     async def close(self) -> None:
         """Let whoever is at it finish, for a while; whoever asks later is refused."""
@@ -106,16 +100,12 @@ class Sessions:
         return not missing
 
 
-async def _leave_as_it_is(session: object) -> None:
-    """Nothing is kept in a session, and a round trip to make sure would cost as much as a statement."""
-
-
 async def _roll_back(session: Session) -> None:
     """A connection of which it is not known where it stands is closed."""
     if session.is_closed():
         return
     try:
-        await session.execute("ROLLBACK", timeout=CONNECT_TIMEOUT_S)
+        await session.execute("ROLLBACK", timeout=ROLLBACK_TIMEOUT_S)
     except BaseException:
         session.terminate()
         raise

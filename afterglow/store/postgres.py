@@ -32,6 +32,7 @@ from afterglow.errors import ConfigError, StoreFull, StoreUnavailable
 from afterglow.ids import new_id
 from afterglow.objects import learn_structs
 from afterglow.store.migrations import check_not_newer, migrations
+from afterglow.store.pool import open_pool
 
 if TYPE_CHECKING:
     Session = asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
@@ -56,13 +57,11 @@ MARKS_KEPT_S = 7 * 24 * 3600
 
 AGAIN_S = 15.0  # for so long, work that was refused is run again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.002, 0.2
-CONNECT_TIMEOUT_S = 5.0
 ACQUIRE_TIMEOUT_S = 15.0
 CLOSE_TIMEOUT_S = 3.0
 COMMAND_TIMEOUT_S = 40.0  # for a network that swallows everything; the server's own limit comes first
 FATE_TIMEOUT_S = 30.0
 FATE_POLL_S = 0.1
-CACHED_STATEMENTS = 512
 LIMITS = {"statement_timeout": "30s", "lock_timeout": "10s"}
 PLANS = {
     # Plans are kept, and one that was made while the tables were empty would read all of them once they are not.
@@ -149,23 +148,15 @@ class PostgresStore:
         """
         learn_structs()  # others decode in threads of their own
         limits = {**LIMITS, **PLANS, "idle_in_transaction_session_timeout": f"{silence_s * 1000:.0f}ms"}
-        pool = await asyncpg.create_pool(
-            url,
-            min_size=0,
-            max_size=connections,
-            timeout=CONNECT_TIMEOUT_S,
-            command_timeout=COMMAND_TIMEOUT_S,
-            statement_cache_size=0 if pooled else CACHED_STATEMENTS,
-            max_cached_statement_lifetime=0,
-            server_settings={} if pooled else limits,
-            reset=_leave_as_it_is,
+        pool, after_begin = await open_pool(
+            url, connections=connections, pooled=pooled, settings=limits, command_timeout_s=COMMAND_TIMEOUT_S
         )
         try:
             await _migrate(pool)
         except BaseException:
             pool.terminate()
             raise
-        store = cls(pool, "".join(f"; SET LOCAL {name} = '{value}'" for name, value in limits.items() if pooled))
+        store = cls(pool, after_begin)
         with contextlib.suppress(StoreUnavailable):  # where nothing can be written, nothing needs to be tidied
             await store.write(_forget_marks)
         return store
@@ -265,10 +256,6 @@ class PostgresStore:
 async def _forget_marks(tx: Transaction) -> None:
     """Delete those of processes that are long gone; one that is not makes its own again."""
     await tx.execute("DELETE FROM commits WHERE committed_at < $1", int(time.time()) - MARKS_KEPT_S)
-
-
-async def _leave_as_it_is(session: Any) -> None:
-    """In the place of the driver's own way to clean a session, a round trip: we leave nothing in any."""
 
 
 @contextlib.asynccontextmanager

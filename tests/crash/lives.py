@@ -45,9 +45,9 @@ class DyingStore:
         await self._survive()
         return result
 
-    async def write(self, work: Work[Any]) -> Any:
+    async def write(self, work: Work[Any], *, rowwise: bool = False) -> Any:
         await self._survive()
-        result, changed = await self._store.write(_noticing(work))
+        result, changed = await self._store.write(_noticing(work), rowwise=rowwise)
         await self._count(changed)
         return result
 

@@ -287,11 +287,12 @@ def test_reindex(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "afterglow: Vector store with id 'vs_x' not found.\n"
 
 
-def test_backup_of_a_postgres(capsys: pytest.CaptureFixture[str]):
-    """`afterglow backup` is for data folders, and says what else there is."""
-    assert cli.main(["backup", "copy", "--database-url", "postgresql://somewhere/x"]) == 1
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_backup_of_a_postgres(command: str, capsys: pytest.CaptureFixture[str]):
+    """`afterglow backup` and `restore` are for data folders, and say what else there is."""
+    assert cli.main([command, "copy", "--database-url", "postgresql://somewhere/x"]) == 1
     assert "pg_dump" in capsys.readouterr().err
-    assert not Path("copy").exists()
+    assert list(Path().iterdir()) == []
 
 
 def test_doctor_and_a_database_that_is_away(capsys: pytest.CaptureFixture[str]):
