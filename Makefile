@@ -49,7 +49,7 @@ lock: ## resolve the dependencies anew (needs uv)
 	printf "hatchling\neditables\n" | $(LOCK) - -o locks/build.txt
 	$(LOCK) pyproject.toml -o locks/serve.txt
 	$(LOCK) --extra demo -c locks/serve.txt pyproject.toml -o locks/demo.txt
-	$(LOCK) --extra demo --extra otel --group dev -c locks/demo.txt pyproject.toml -o locks/dev.txt
+	$(LOCK) --extra demo --extra mcp --extra otel --group dev -c locks/demo.txt pyproject.toml -o locks/dev.txt
 	cd $(LOCKS) && $(LOCK) --only-binary :all: base.in -o base.txt
 	cd $(LOCKS) && $(LOCK) --only-binary :all: -c base.txt standard.in -o standard.txt
 	cd $(LOCKS) && $(LOCK) --only-binary :all: -c standard.txt full.in -o full.txt

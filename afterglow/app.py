@@ -44,7 +44,7 @@ from afterglow.ingest.pipeline import Parser, Pipeline
 from afterglow.llm import Models
 from afterglow.metrics import Metrics
 from afterglow.offline import OfflineModel
-from afterglow.outbound import GuardedFetcher
+from afterglow.outbound import GuardedClient, GuardedFetcher
 from afterglow.queue.local import LocalQueue
 from afterglow.rows.moves import unfinished_move
 from afterglow.rows.requests import mark_answered
@@ -373,7 +373,6 @@ class Application:
         for task in self._tasks:
             task.cancel()
         await self._mark()
-        await self.house.images.close()
         if self.house.embedder is not None:
             await self.house.embedder.close()
         if self.house.traces is not None:
@@ -468,13 +467,16 @@ async def _build(
     if part != "worker":
         await check_exposure(settings, store)
     metrics = Metrics()
+    outbound = GuardedClient()
+    opened.push_async_callback(outbound.close)
     plugs = (_cluster if settings.database_url else _laptop)(settings, clock, store, metrics, opened)
     house = House(
         settings=settings,
         clock=clock,
         store=store,
         models=models,
-        images=GuardedFetcher(allow_private=settings.private_images),
+        images=GuardedFetcher(outbound, allow_private=settings.private_images),
+        outbound=outbound,
         blobs=await _open_blobs(settings, opened),
         code_engine=code_engine,
         index=await _open_index(settings, opened),

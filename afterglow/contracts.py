@@ -322,6 +322,35 @@ class ImageFetcher(Protocol):
         """`data:image/…;base64,…` of an http(s) URL. Raises ImageUnavailable, also for addresses not allowed."""
         ...
 
+
+class Reply(NamedTuple):
+    """What another server has answered. headers: by lower-case names. body: as much as was asked for at most."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Outbound(Protocol):
+    """Requests to addresses that callers name: webhooks and tools."""
+
+    async def post(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        timeout_s: float,
+        max_bytes: int,
+        allow_private: bool,
+    ) -> Reply:
+        """POST, and follow no redirect. Any status is a reply.
+
+        timeout_s: for all of it. max_bytes: of the answer's body, the rest is not read. allow_private: also private,
+        loopback and link-local addresses, and plain http. Raises OutboundFailed.
+        """
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -663,6 +692,7 @@ class House:
     queue: RunQueue
     models: ChatModels
     images: ImageFetcher
+    outbound: Outbound
     blobs: Blobs
     code_engine: CodeEngine
     ingest_queue: RunQueue

@@ -8,7 +8,9 @@
     │   ├── Unauthorized         401
     │   ├── Forbidden            403
     │   ├── NotFound             404
+    │   ├── Conflict             409
     │   ├── BodyTooLarge         413
+    │   ├── TooManyRequests      429
     │   └── Unavailable          503
     ├── ModelError               what went wrong with a model server; ends a run, see `runs/loop.py`
     │   ├── ModelUnreachable
@@ -30,6 +32,7 @@
     │   ├── SandboxFull
     │   └── SessionLost
     ├── Unreadable               no text can be had from a file; the file's `last_error` in its vector store
+    ├── OutboundFailed           a request that this server made for its owner did not get an answer
     ├── LostLease                another attempt of the run has taken over
     └── ConfigError              a setting is wrong; shown by the command line, never over HTTP
 
@@ -38,6 +41,7 @@ Raise where you know; catch at the HTTP edge (`api/edge.py`) and the worker edge
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -129,6 +133,34 @@ class NotFound(ApiError):
     def of(cls, noun: str, object_id: str, *, param: str | None = None) -> NotFound:
         """noun: `assistant`, `thread`, `message`, `run` or `run step`."""
         return cls(f"No {noun} found with id '{object_id}'.", param=param)
+
+
+class Conflict(ApiError):
+    """Another request with the same idempotency key is being executed. Wire: HTTP 409, type `invalid_request_error`;
+    the SDKs try again."""
+
+    status = 409
+    type = "invalid_request_error"
+
+
+class TooManyRequests(ApiError):
+    """A limit of the project or the key is used up. Wire: HTTP 429 with `Retry-After`.
+
+    type: `requests`, `tokens`, or `insufficient_quota` for what no waiting cures; then SDKs are told not to retry.
+    """
+
+    status = 429
+
+    def __init__(self, message: str, kind: str, *, code: str = "rate_limit_exceeded", retry_after_s: float = 1) -> None:
+        super().__init__(message, code=code)
+        self.type = kind
+        if kind == "insufficient_quota":
+            self.headers = {"x-should-retry": "false"}
+        else:
+            self.headers = {
+                "retry-after": str(math.ceil(retry_after_s)),
+                "retry-after-ms": str(math.ceil(retry_after_s * 1000)),
+            }
 
 
 class BodyTooLarge(ApiError):
@@ -267,6 +299,17 @@ class Unreadable(AfterglowError):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+class OutboundFailed(AfterglowError):
+    """A webhook, a tool or an image could not be reached; the text says why, for its owner.
+
+    forbidden: the address is none that may be asked, so trying again does not help.
+    """
+
+    def __init__(self, message: str, *, forbidden: bool = False) -> None:
+        super().__init__(message)
+        self.forbidden = forbidden
 
 
 class LostLease(AfterglowError):

@@ -190,6 +190,58 @@ class CreateToolResources(Body):
     file_search: CreateFileSearchResources | UnsetType | None = UNSET
 
 
+# --- projects --------------------------------------------------------------------------------------------------
+
+Count = Annotated[int, Meta(ge=0)]
+Days = Annotated[int, Meta(ge=1)]
+Money = Annotated[float, Meta(ge=0)]
+
+
+class Limits(Body):
+    """What a project, or a key, may use; None sets no limit.
+
+    requests_per_minute: all but polls, which polls_per_minute counts. tokens_per_minute: of model calls, as reported.
+    concurrent_runs: active at once. storage_mb: of files. sandbox_minutes_per_day: of code interpreter sessions.
+    """
+
+    requests_per_minute: Count | None = None
+    polls_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    concurrent_runs: Count | None = None
+    storage_mb: Count | None = None
+    sandbox_minutes_per_day: Count | None = None
+
+
+class Retention(Body):
+    """After how many days what is not used any more is deleted for good; None keeps it.
+
+    threads: since their last message or run. files: since they were uploaded or made, unless a store or an assistant
+    has them. events: of runs that are over.
+    """
+
+    threads_days: Days | None = None
+    files_days: Days | None = None
+    events_days: Days | None = None
+
+
+class Budget(Body):
+    """What model calls may cost; None sets no limit. Tokens are prompt and completion together; money is in the
+    operator's currency. run: of one run; day: of the project since midnight UTC; total: of the project, ever."""
+
+    run_tokens: Count | None = None
+    run_cost: Money | None = None
+    day_tokens: Count | None = None
+    day_cost: Money | None = None
+    total_tokens: Count | None = None
+    total_cost: Money | None = None
+
+
+class ProjectSettings(Body):
+    limits: Limits = msgspec.field(default_factory=Limits)
+    retention: Retention = msgspec.field(default_factory=Retention)
+    budget: Budget = msgspec.field(default_factory=Budget)
+
+
 # --- assistants ------------------------------------------------------------------------------------------------
 
 

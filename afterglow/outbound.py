@@ -1,8 +1,8 @@
-"""The one guarded way out: what a caller's text makes this server fetch.
+"""The one guarded way out: what a caller's text makes this server fetch or send.
 
 Only public addresses, unless the operator allows others: the name is resolved here, every address it has is checked,
 and the connection is made to the very address that was checked, so that a name cannot change its mind in between.
-Redirects go through the same check. Size and time are limited.
+Redirects of images go through the same check; what is posted follows none. Size and time are limited.
 """
 
 from __future__ import annotations
@@ -11,25 +11,119 @@ import asyncio
 import base64
 import ipaddress
 import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 import httpx2
 
-from afterglow.errors import ImageUnavailable
+from afterglow.contracts import Reply
+from afterglow.errors import ImageUnavailable, OutboundFailed
 
 MAX_REDIRECTS = 3
 MAX_IMAGE_BYTES = 20 * 1024 * 1024
 TIMEOUT_S = 20.0
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
+WRONG = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError)
+
+
+class _Forbidden(ValueError):
+    """The address is none that may be asked."""
+
+
+class GuardedClient:
+    """A `contracts.Outbound` over HTTP and HTTPS."""
+
+    def __init__(self) -> None:
+        self._client: httpx2.AsyncClient | None = None
+
+    async def post(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        timeout_s: float,
+        max_bytes: int,
+        allow_private: bool,
+    ) -> Reply:
+        schemes = ("http", "https") if allow_private else ("https",)
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self.open("POST", url, headers, body, schemes=schemes, allow_private=allow_private) as response,
+            ):
+                return Reply(response.status_code, dict(response.headers), await _read(response, max_bytes))
+        except TimeoutError:
+            raise OutboundFailed(f"{_short(url)} gave no answer within {timeout_s:g} s.") from None
+        except _Forbidden as error:
+            raise OutboundFailed(f"{_short(url)} may not be asked: {error}.", forbidden=True) from None
+        except WRONG as error:
+            raise OutboundFailed(f"{_short(url)} cannot be reached: {str(error) or type(error).__name__}.") from None
+
+    @asynccontextmanager
+    async def open(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None = None,
+        *,
+        schemes: tuple[str, ...] = ("http", "https"),
+        allow_private: bool,
+    ) -> AsyncIterator[httpx2.Response]:
+        """The answer's head; its body is to be read inside. Raises one of WRONG."""
+        target = httpx2.URL(url)
+        if target.scheme not in schemes or not target.host:
+            raise _Forbidden(f"it is no {' or '.join(schemes)} URL")
+        port = target.port or (443 if target.scheme == "https" else 80)
+        address = await _checked_address(target.host, port, allow_private)
+        if self._client is None:
+            self._client = httpx2.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False)
+        request = self._client.build_request(
+            method,
+            target.copy_with(host=address),
+            headers={**headers, "host": target.netloc.decode()},
+            content=body,
+            extensions={"sni_hostname": target.host},
+        )
+        response = await self._client.send(request, stream=True)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+
+
+async def _read(response: httpx2.Response, max_bytes: int) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > max_bytes:
+            break
+    return bytes(body[:max_bytes])
+
+
+async def _checked_address(host: str, port: int, allow_private: bool) -> str:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
+    if not allow_private:
+        for address in addresses:
+            if not is_public(address):
+                raise _Forbidden(f"{host} is at a private address")
+    return addresses[0]
 
 
 class GuardedFetcher:
     """A `contracts.ImageFetcher` over HTTP and HTTPS."""
 
-    def __init__(self, *, allow_private: bool) -> None:
+    def __init__(self, client: GuardedClient, *, allow_private: bool) -> None:
         """allow_private: also private, loopback and link-local addresses."""
+        self._client = client
         self._allow_private = allow_private
-        self._client: httpx2.AsyncClient | None = None
 
     async def data_url(self, url: str) -> str:
         try:
@@ -43,7 +137,11 @@ class GuardedFetcher:
         for _ in range(MAX_REDIRECTS + 1):
             try:
                 answer = await self._get(url)
-            except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError) as error:
+            except _Forbidden as error:
+                raise ImageUnavailable(
+                    f"The image {_short(url)} cannot be fetched: {error} (setting: private_images)."
+                ) from None
+            except WRONG as error:
                 raise ImageUnavailable(f"The image {_short(url)} cannot be fetched: {error}.") from None
             if isinstance(answer, tuple):
                 return answer
@@ -52,41 +150,11 @@ class GuardedFetcher:
 
     async def _get(self, url: str) -> tuple[str, bytes] | str:
         """The image's type and bytes, or where it has moved to."""
-        target = httpx2.URL(url)
-        if target.scheme not in ("http", "https") or not target.host:
-            raise ValueError("it is no http or https URL")
-        address = await self._checked_address(target.host, target.port or (443 if target.scheme == "https" else 80))
-        request = self._open_client().build_request(
-            "GET",
-            target.copy_with(host=address),
-            headers={"host": target.netloc.decode(), "accept": ", ".join(IMAGE_TYPES)},
-            extensions={"sni_hostname": target.host},
-        )
-        response = await self._open_client().send(request, stream=True)
-        try:
+        headers = {"accept": ", ".join(IMAGE_TYPES)}
+        async with self._client.open("GET", url, headers, allow_private=self._allow_private) as response:
             if response.is_redirect:
-                return str(target.join(_location(response)))
+                return str(httpx2.URL(url).join(_location(response)))
             return await _read_image(response)
-        finally:
-            await response.aclose()
-
-    async def _checked_address(self, host: str, port: int) -> str:
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
-        if not self._allow_private:
-            for address in addresses:
-                if not is_public(address):
-                    raise ValueError(f"{host} is at a private address (setting: private_images)")
-        return addresses[0]
-
-    def _open_client(self) -> httpx2.AsyncClient:
-        if self._client is None:
-            self._client = httpx2.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False)
-        return self._client
-
-    async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
 
 
 def is_public(address: str) -> bool:

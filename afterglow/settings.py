@@ -46,12 +46,19 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
-    """What the operator says of one model. Tokens; None means not said."""
+    """What the operator says of one model. Tokens; None means not said.
+
+    prompt_price, cached_price, completion_price: money per million tokens, in `currency`; cached_price is for prompt
+    tokens that the provider had cached, and without it they cost as much as others.
+    """
 
     window_tokens: int | None = None
     max_output_tokens: int | None = None
     vision: bool | None = None
     tools: bool | None = None
+    prompt_price: float | None = None
+    cached_price: float | None = None
+    completion_price: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +140,12 @@ class Settings:
         8192, "Window assumed for a model when neither configuration nor server tells it.", unit="tokens"
     )
     keep_alive_s: float = setting(15.0, "Silence on a stream after which a comment line is sent.", unit="seconds")
+    poll_hold_s: float = setting(
+        20.0,
+        "How long a poll of an SDK helper, or one with `wait` and no number, is held at most; 0 answers at once.",
+        unit="seconds",
+    )
+    poll_hold_max_s: float = setting(120.0, "How long a caller may have a poll held by `wait=SECONDS`.", unit="seconds")
     poll_after_ms: int = setting(
         250, "Sent as `openai-poll-after-ms`: how long SDK helpers wait between polls.", unit="milliseconds"
     )
@@ -192,12 +205,41 @@ class Settings:
     sandbox_ttl_s: int = setting(3600, "A session is ended at this age.", unit="seconds")
     cell_timeout_s: float = setting(120.0, "One call of the code interpreter; then it is interrupted.", unit="seconds")
     cell_output_kb: int = setting(256, "Output of one call that is kept; the rest is dropped.", unit="KB")
+    private_webhooks: bool = setting(
+        False, "Deliver webhooks to private, loopback or link-local addresses, and over plain http."
+    )
+    webhook_timeout_s: float = setting(10.0, "One delivery of a webhook.", unit="seconds")
+    webhook_retention_d: int = setting(7, "How long the delivery log of webhooks is kept.", unit="days")
+    private_tools: bool = setting(
+        False, "Call function tools and MCP servers at private, loopback or link-local addresses, and over plain http."
+    )
+    tool_timeout_s: float = setting(
+        60.0, "One call of a function tool that has a URL, or of an MCP tool.", unit="seconds"
+    )
+    messages_while_active: bool = setting(
+        False, "Accept messages on a thread while a run is active; the original refuses them."
+    )
+    currency: str = setting("USD", "What the prices of models and the money of budgets are in.")
+    max_header_kb: int = setting(32, "Largest head of a request, all headers together.", unit="KB")
+    head_timeout_s: float = setting(15.0, "Time for a request's head to arrive.", unit="seconds")
+    body_timeout_s: float = setting(
+        60.0, "Silence of a caller within a request's body after which it is given up.", unit="seconds"
+    )
+    max_connections: int = setting(20_000, "Connections open at once; more are refused with 503.")
+    tls_cert: str = setting(
+        "", "File with the TLS certificate and its chain, PEM; with `tls_key` serves https.", flag=True
+    )
+    tls_key: str = setting("", "File with the private key of `tls_cert`, PEM.", flag=True)
+    trusted_proxies: tuple[str, ...] = setting(
+        (), "Addresses or networks of proxies whose `X-Forwarded-For` and `-Proto` are believed, comma-separated."
+    )
     upstreams: Mapping[str, Upstream] = setting({}, "Model servers by name (`[upstreams.NAME]` in the file).")
     models: Mapping[str, ModelSettings] = setting({}, 'What is known of models (`[models."NAME"]` in the file).')
 
 
 PREFIX = "AFTERGLOW_"
 TABLES = {"upstreams", "models"}
+PRICES = ("prompt_price", "cached_price", "completion_price")
 FLAGS = {"aliases": "--alias"}  # a flag that is not the setting's name
 ABOVE_ZERO = (
     "max_running_runs",
@@ -227,6 +269,23 @@ ABOVE_ZERO = (
     "cell_timeout_s",
     "cell_output_kb",
     "database_connections",
+    "webhook_timeout_s",
+    "webhook_retention_d",
+    "tool_timeout_s",
+    "max_header_kb",
+    "head_timeout_s",
+    "body_timeout_s",
+    "max_connections",
+)
+NOT_BELOW_ZERO = (
+    "model_retries",
+    "poll_after_ms",
+    "output_retention_d",
+    "sandbox_pool",
+    "sandbox_free_mb",
+    "drain_s",
+    "poll_hold_s",
+    "poll_hold_max_s",
 )
 
 
@@ -387,12 +446,19 @@ def _upstream(name: str, table: Mapping[str, Any], environ: Mapping[str, str]) -
 
 def _model(name: str, table: Mapping[str, Any]) -> ModelSettings:
     kinds = {"window_tokens": int, "max_output_tokens": int, "vision": bool, "tools": bool}
-    if not _fits(table, kinds) or any(value < 1 for value in table.values() if type(value) is int):
+    prices = {key: table[key] for key in PRICES if key in table}
+    told = {key: value for key, value in table.items() if key not in PRICES}
+    if (
+        not _fits(told, kinds)
+        or any(value < 1 for value in told.values() if type(value) is int)
+        or any(type(price) not in (int, float) or not 0 <= price < math.inf for price in prices.values())
+    ):
         raise ConfigError(
-            f'[models."{name}"] takes window_tokens and max_output_tokens, whole numbers above 0, and vision and tools,'
-            " true or false."
+            f'[models."{name}"] takes window_tokens and max_output_tokens, whole numbers above 0; vision and tools,'
+            " true or false; and prompt_price, cached_price and completion_price, money per million tokens."
         )
-    return ModelSettings(**table)
+    floats: dict[str, Any] = {key: float(price) for key, price in prices.items()}
+    return ModelSettings(**told, **floats)
 
 
 def _check(settings: Settings) -> None:
@@ -407,7 +473,7 @@ def _check(settings: Settings) -> None:
     for name in ABOVE_ZERO:
         if getattr(settings, name) <= 0:
             raise ConfigError(f"{name}: must be more than 0.")
-    for name in ("model_retries", "poll_after_ms", "output_retention_d", "sandbox_pool", "sandbox_free_mb", "drain_s"):
+    for name in NOT_BELOW_ZERO:
         if getattr(settings, name) < 0:
             raise ConfigError(f"{name}: must not be less than 0.")
     if settings.embedding_url and not settings.embedding_url.startswith(("http://", "https://")):
@@ -425,5 +491,7 @@ def _check(settings: Settings) -> None:
         raise ConfigError("database_listen_url: is beside database_url, which is not set.")
     if settings.blob_url and not settings.blob_url.startswith(("s3://", "gs://", "az://")):
         raise ConfigError(f"blob_url: expected s3://…, gs://… or az://…, got {settings.blob_url!r}.")
+    if bool(settings.tls_cert) != bool(settings.tls_key):
+        raise ConfigError("tls_cert and tls_key: one needs the other.")
     if settings.code_interpreter == "remote" and not (settings.sandbox_url and settings.sandbox_token):
         raise ConfigError("code_interpreter: the engine `remote` needs sandbox_url and sandbox_token.")

@@ -35,14 +35,14 @@ FLOORS: list[set[str]] = [
     },
     {"runs.closing", "runs.transcript", "runs.context", "runs.images", "tools", "files"},
     {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"} | INGEST,
-    {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "afterglow"},
+    {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "signing", "afterglow"},
 ]
 # Implementations of contracts.py: they stand on the ground (and may run statements); only app.py and tests enter.
 WING = {"store", "traces", "events", "queue", "sandbox", "llm", "chat", "embeddings", "outbound", "testing"}
 WING |= {"search.embedded", "search.stored", "search.columns", "search.pool", "search.tokens"}
 WING |= {"search.postgres", "search.postings", "search.sessions", "search.statements"}
 WING |= {"offline", "offline_code", "offline_search", "offline_tables", "offline_values"}
-WING_STANDS_ON = {"contracts", "objects", "errors", "settings", "telemetry", "ids", "rows", "afterglow"}
+WING_STANDS_ON = {"contracts", "objects", "errors", "settings", "telemetry", "ids", "rows", "signing", "afterglow"}
 OFFLINE = {"offline_code", "offline_search", "offline_tables", "offline_values"}
 WING_NEIGHBOURS = {
     "llm": {"chat"},

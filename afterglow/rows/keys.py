@@ -28,7 +28,9 @@ async def try_writing(tx: Transaction) -> None:
 
 
 async def insert_key(tx: Transaction, project: str, row: KeyRow, key_hash: str) -> None:
-    await tx.execute("INSERT INTO projects VALUES ($1, $2) ON CONFLICT (id) DO NOTHING", project, row.created_at)
+    await tx.execute(
+        "INSERT INTO projects (id, created_at) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING", project, row.created_at
+    )
     await tx.execute(
         "INSERT INTO api_keys (id, project_id, name, hash, hint, created_at) VALUES ($1, $2, $3, $4, $5, $6)",
         row.id,

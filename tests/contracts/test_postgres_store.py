@@ -58,7 +58,7 @@ async def other(url: str) -> AsyncGenerator[Any, None]:
 
 
 async def add(store: PostgresStore, name: str) -> None:
-    await store.write(lambda tx: tx.execute("INSERT INTO projects VALUES ($1, 0)", name))
+    await store.write(lambda tx: tx.execute("INSERT INTO projects (id, created_at) VALUES ($1, 0)", name))
 
 
 async def names(store: PostgresStore) -> list[str]:
@@ -108,12 +108,12 @@ async def test_a_key_that_was_just_taken_is_seen_by_the_second_run(store: Postgr
     async def work(tx: Transaction) -> str:
         if await tx.fetch("SELECT 1 FROM projects WHERE id = 'a'"):
             return "there"
-        await tx.execute("INSERT INTO projects VALUES ('a', 0)")
+        await tx.execute("INSERT INTO projects (id, created_at) VALUES ('a', 0)")
         return "new"
 
     transaction = other.transaction()
     await transaction.start()
-    await other.execute("INSERT INTO projects VALUES ('a', 0)")
+    await other.execute("INSERT INTO projects (id, created_at) VALUES ('a', 0)")
     second = asyncio.create_task(store.write(work))
     await somebody_waits(other)
     await transaction.commit()
@@ -231,7 +231,7 @@ async def test_what_the_machine_lacks_is_said(store: PostgresStore, other: Any, 
     await other.execute("CREATE TRIGGER trouble BEFORE INSERT ON threads FOR EACH ROW EXECUTE FUNCTION trouble()")
 
     async def work(tx: Transaction) -> None:
-        await tx.execute("INSERT INTO projects VALUES ('a', 0)")
+        await tx.execute("INSERT INTO projects (id, created_at) VALUES ('a', 0)")
         await tx.execute("INSERT INTO threads (project_id, id, seq, created_at, object) VALUES ('a', 'b', 0, 0, '')")
 
     with pytest.raises(error, match="trouble"):

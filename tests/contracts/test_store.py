@@ -74,7 +74,7 @@ def adds(*names: str, then: Exception | None = None) -> Work[str]:
 
     async def work(tx: Transaction) -> str:
         for name in names:
-            await tx.execute("INSERT INTO projects VALUES ($1, $2)", name, 0)
+            await tx.execute("INSERT INTO projects (id, created_at) VALUES ($1, $2)", name, 0)
         if then is not None:
             raise then
         return names[-1]
@@ -112,7 +112,7 @@ async def test_statements_say_what_they_changed(store: Store):
     """`fetch` gives rows, also those of RETURNING; `execute` counts; a value may be used twice, in any order."""
 
     async def work(tx: Transaction) -> None:
-        assert await tx.execute("INSERT INTO projects VALUES ($2, $1)", 7, "a") == 1
+        assert await tx.execute("INSERT INTO projects (id, created_at) VALUES ($2, $1)", 7, "a") == 1
         assert await tx.fetch("SELECT $1, id, $1 FROM projects WHERE created_at = $2", "v", 7) == [("v", "a", "v")]
         assert await tx.fetch("UPDATE projects SET created_at = 8 RETURNING id") == [("a",)]
         assert await tx.execute("DELETE FROM projects WHERE id = $1", "b") == 0
@@ -702,7 +702,7 @@ async def test_a_writer_waits_for_one_of_another_process(path: Path):
         await asyncio.sleep(0.05)
         assert not waiting.done()
         assert await store.read(names) == []
-        other.execute("INSERT INTO projects VALUES ('theirs', 0)")
+        other.execute("INSERT INTO projects (id, created_at) VALUES ('theirs', 0)")
         other.execute("COMMIT")
         await waiting
         assert await store.read(names) == ["mine", "theirs"]

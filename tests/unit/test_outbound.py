@@ -11,7 +11,7 @@ import pytest
 
 from afterglow import outbound
 from afterglow.errors import ImageUnavailable
-from afterglow.outbound import GuardedFetcher, is_public
+from afterglow.outbound import GuardedClient, GuardedFetcher, is_public
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 32
 PAGE = "HTTP/1.1 {status} Fine\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n{more}\r\n"
@@ -40,9 +40,9 @@ def answer(body: bytes = PNG, *, kind: str = "image/png", status: int = 200, mor
 
 @pytest.fixture
 async def fetch() -> AsyncGenerator[Callable[[str], Awaitable[str]], None]:
-    fetcher = GuardedFetcher(allow_private=True)
+    fetcher = GuardedFetcher(client := GuardedClient(), allow_private=True)
     yield fetcher.data_url
-    await fetcher.close()
+    await client.close()
 
 
 async def test_an_image_comes_back_as_data(fetch: Callable[[str], Awaitable[str]]) -> None:
@@ -109,10 +109,10 @@ async def test_this_machine_is_not_fetched_from(host: str) -> None:
     """However it is written, a loopback address is refused without a connection."""
     async with web_server({"/a.png": answer()}) as (url, hosts):
         port = url.rpartition(":")[2]
-        fetcher = GuardedFetcher(allow_private=False)
+        fetcher = GuardedFetcher(client := GuardedClient(), allow_private=False)
         with pytest.raises(ImageUnavailable, match="cannot be fetched"):
             await fetcher.data_url(f"http://{host}:{port}/a.png")
-        await fetcher.close()
+        await client.close()
         assert hosts == []
 
 

@@ -1,0 +1,2 @@
+-- Tool calls that this server makes, and deadlines.
+SELECT 1;  -- nothing yet

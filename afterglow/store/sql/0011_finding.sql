@@ -1,0 +1,2 @@
+-- Finding things, busy threads and retention.
+SELECT 1;  -- nothing yet

@@ -1,0 +1,2 @@
+-- The ledger, costs and budgets.
+SELECT 1;  -- nothing yet

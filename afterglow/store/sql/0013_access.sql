@@ -1,0 +1,2 @@
+-- Limits and the audit log.
+SELECT 1;  -- nothing yet

@@ -1,0 +1,2 @@
+-- Idempotency keys and retries.
+SELECT 1;  -- nothing yet
