@@ -14,6 +14,7 @@ from afterglow.rows.requests import Origin, insert_request
 from afterglow.runs.lifecycle import plain
 from afterglow.threads import checked_resources, wake_for_files
 from afterglow.tools.function import stored_form
+from afterglow.tools.mcp import check_mcp_tools
 
 SAMPLING = ("temperature", "top_p", "response_format", "reasoning_effort")
 SHOWN_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "response_format": "auto", "reasoning_effort": None}
@@ -25,6 +26,7 @@ async def create_assistant(house: House, project: str, body: CreateAssistant, or
     async def work(tx: Transaction) -> Assistant:
         resources = await checked_resources(tx, house, project, body.tool_resources)
         row = new_assistant(body, new_id("asst"), int(now))
+        check_mcp_tools(house, row.assistant.tools)
         row.assistant.tool_resources = resources
         await assistant_rows.put_assistant(tx, project, row, round(now * 1_000_000))
         await insert_request(tx, project, origin, row.assistant.id, int(now))
@@ -74,6 +76,7 @@ async def modify_assistant(house: House, project: str, assistant_id: str, body: 
                 setattr(assistant, name, value)
         if body.tools is not UNSET:
             assistant.tools = [stored_form(tool) for tool in body.tools or []]
+            check_mcp_tools(house, assistant.tools)
         if body.metadata is not UNSET:
             assistant.metadata = body.metadata or {}
         if body.tool_resources is not UNSET:

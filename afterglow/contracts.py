@@ -354,6 +354,41 @@ class Outbound(Protocol):
     async def close(self) -> None: ...
 
 
+class McpServer(NamedTuple):
+    """url: as a caller named it; empty for one of the operator's, whom `label` names."""
+
+    label: str
+    url: str = ""
+
+
+class McpTool(NamedTuple):
+    """parameters: the JSON Schema of its arguments."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+
+class McpServers(Protocol):
+    """The tools of other programs, by the Model Context Protocol."""
+
+    def why_refused(self, server: McpServer) -> str | None:
+        """Why it is none that may be asked, in words for the caller; None when it may."""
+        ...
+
+    async def list_tools(self, server: McpServer) -> list[McpTool]:
+        """Its tools, a bounded number, as the operator allows them. Raises OutboundFailed."""
+        ...
+
+    async def call_tool(self, server: McpServer, name: str, arguments: dict[str, Any], *, timeout_s: float) -> str:
+        """The output as text, of bounded size. Raises OutboundFailed, also when the tool says that it failed."""
+        ...
+
+    async def close(self) -> None:
+        """End every session, and every program that was started for one."""
+        ...
+
+
 # --- bytes of files --------------------------------------------------------------------------------------------
 
 
@@ -682,7 +717,8 @@ class House:
 
     ingest_queue: as `queue`, for files of vector stores; its `cancel` takes `vs_…/file-…`, or `vs_…` for all of a
     store's. locks: whoever writes to the index of a store holds that of its id, see `ingest/upkeep.py`. embedder: None
-    searches words alone. metrics: what `/metrics` shows of this process. traces: None keeps none.
+    searches words alone. metrics: what `/metrics` shows of this process. traces: None keeps none. mcp: None when no
+    MCP server may be asked.
     """
 
     settings: Settings
@@ -701,6 +737,7 @@ class House:
     embedder: Embedder | None = None
     metrics: Metrics = field(default_factory=Metrics)
     traces: Traces | None = None
+    mcp: McpServers | None = None
 
     def why_off(self, kind: str) -> str | None:
         """Why a server-side tool cannot be had, in words for the model and the operator; None when it can, or when

@@ -44,6 +44,7 @@ Json = dict[str, Any]
 
 # The one legal value of `include[]` on runs and run steps.
 INCLUDE_FILE_SEARCH_CONTENT = "step_details.tool_calls[*].file_search.results[*].content"
+EXTENSION = "x-afterglow"  # the key of tools under which our own extensions are
 VENDOR_KEYS = "\x7fvendor"  # where keys beginning `x-` are kept; `api/bodies.py` refuses it from callers
 
 
@@ -94,7 +95,30 @@ class FunctionTool(_Tool, tag="function", kw_only=True):
     function: FunctionDefinition
 
 
-Tool = CodeInterpreterTool | FileSearchTool | FunctionTool
+class McpTool(_Tool, tag="mcp", kw_only=True):
+    """The tools of an MCP server, as in the Responses API. server_label: of the operator's configuration, or any name
+    for `server_url`. allowed_tools: none but these. Nothing asks for approval here."""
+
+    server_label: FunctionName
+    server_url: NonEmpty | UnsetType | None = UNSET
+    allowed_tools: Annotated[list[NonEmpty], Meta(max_length=128)] | UnsetType | None = UNSET
+    require_approval: Literal["never"] | UnsetType | None = UNSET
+
+
+TOOL_TIMEOUT_S = (0.1, 86_400.0)  # the least and the most that a caller may set
+
+
+class FunctionCalling(Body):
+    """What `x-afterglow` says of a function tool. url: whom this server calls itself; without it the caller gives the
+    outputs. timeout_s: for one try, or for the caller. retries: tries more after 429, 5xx, timeouts and broken
+    connections."""
+
+    url: NonEmpty | None = None
+    timeout_s: Annotated[float, Meta(ge=TOOL_TIMEOUT_S[0], le=TOOL_TIMEOUT_S[1])] | None = None
+    retries: Annotated[int, Meta(ge=0, le=5)] | None = None
+
+
+Tool = CodeInterpreterTool | FileSearchTool | FunctionTool | McpTool
 Tools = Annotated[list[Tool], Meta(max_length=128)]
 
 
@@ -438,8 +462,11 @@ class ToolOutput(Body):
 
 
 class SubmitToolOutputs(Body):
+    """partial: those that are missing are given later."""
+
     tool_outputs: list[ToolOutput]
     stream: bool | None = None
+    partial: bool | None = None
 
 
 class LastError(Struct):

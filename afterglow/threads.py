@@ -125,7 +125,14 @@ def gone_event() -> bytes:
 
 
 async def start_run(
-    house: House, project: str, thread_id: str, body: CreateRun, include: list[str], origin: Origin
+    house: House,
+    project: str,
+    thread_id: str,
+    body: CreateRun,
+    include: list[str],
+    origin: Origin,
+    *,
+    tool_timeout_s: float | None = None,
 ) -> Happened:
     """Put a run on a thread, after the additional messages. One transaction over row, messages and events.
 
@@ -136,7 +143,7 @@ async def start_run(
     async def work(tx: Transaction) -> tuple[Happened | None, Happened]:
         expired = await free_thread(tx, house, project, thread_id)
         await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
-        happened = await insert_run(tx, house, project, thread_id, body, include)
+        happened = await insert_run(tx, house, project, thread_id, body, include, tool_timeout_s=tool_timeout_s)
         await insert_request(tx, project, origin, happened.run.id, now)
         return expired, happened
 
@@ -148,14 +155,22 @@ async def start_run(
 
 
 async def start_thread_and_run(
-    house: House, project: str, body: CreateThreadAndRun, include: list[str], origin: Origin
+    house: House,
+    project: str,
+    body: CreateThreadAndRun,
+    include: list[str],
+    origin: Origin,
+    *,
+    tool_timeout_s: float | None = None,
 ) -> tuple[Thread, Happened]:
     """Make a thread and put a run on it, in one transaction."""
 
     async def work(tx: Transaction) -> tuple[Thread, Happened]:
         thread = await insert_thread(tx, house, project, body.thread or CreateThread())
         resources = await checked_resources(tx, house, project, body.tool_resources)
-        happened = await insert_run(tx, house, project, thread.id, body, include, resources)
+        happened = await insert_run(
+            tx, house, project, thread.id, body, include, resources, tool_timeout_s=tool_timeout_s
+        )
         await insert_request(tx, project, origin, happened.run.id, happened.run.created_at)
         return thread, happened
 

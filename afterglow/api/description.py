@@ -21,6 +21,7 @@ from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
 from afterglow.inspection import Citation, SearchExplanation, VectorStoreChunk
 from afterglow.objects import (
     INCLUDE_FILE_SEARCH_CONTENT,
+    TOOL_TIMEOUT_S,
     VENDOR_KEYS,
     Assistant,
     Attachment,
@@ -123,8 +124,8 @@ SHAPES: dict[Endpoint, Shape] = {
     threads.retrieve_message: Shape(answer=Message),
     threads.modify_message: Shape(ModifyMessage, Message),
     threads.delete_message: Shape(deleted="thread.message.deleted"),
-    runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, INCLUDE),
-    runs.create_run: Shape(CreateRun, Run, INCLUDE),
+    runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, (*INCLUDE, "tool_timeout_s")),
+    runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "tool_timeout_s")),
     runs.list_runs: Shape(query=CURSOR, list_of=Run),
     runs.retrieve_run: Shape(answer=Run),
     runs.modify_run: Shape(ModifyRun, Run),
@@ -180,6 +181,10 @@ QUERY: dict[str, Json] = {
     "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
     "filter": {"schema": {"enum": list(vector_stores.FILE_STATUSES)}, "description": "Keep the files of this status."},
     "include[]": {"schema": {"type": "array", "items": {"enum": [INCLUDE_FILE_SEARCH_CONTENT]}}},
+    "tool_timeout_s": {
+        "schema": {"type": "number", "minimum": TOOL_TIMEOUT_S[0], "maximum": TOOL_TIMEOUT_S[1]},
+        "description": "Seconds that each function call waits for its output; then the model is told, and goes on.",
+    },
     "metadata": {"style": "deepObject", "explode": True, "schema": {"type": "object", "additionalProperties": TEXT}},
 }
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 from msgspec import UNSET, Struct, UnsetType, inspect
 
@@ -36,6 +37,8 @@ UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
 # A pattern that also counts characters, like that of function names: the API words length and characters apart.
 COUNTING_PATTERN = re.compile(r"(?P<body>.+)\{(?P<low>\d+),(?P<high>\d+)\}\$(\(\?!\\n\))?")
 
+# What the API does not know goes unnamed in its words.
+OUR_TAGS = {"mcp"}
 # Which types take a plain value.
 TAKES: dict[type, tuple[type[inspect.Type], ...]] = {
     str: (inspect.StrType, inspect.LiteralType),
@@ -286,10 +289,13 @@ def _by_tag(structs: Sequence[inspect.StructType], value: dict[str, Any], path: 
         raise missing(place)
     tags = {str(struct.tag): struct for struct in structs}
     tag = value[field]
+    if isinstance(tag, str) and tag in tags:
+        return tags[tag]
+    known = [name for name in tags if name not in OUR_TAGS]
     if not isinstance(tag, str):
-        raise wrong_type(place, _choice(list(tags)), tag)
-    _check_choice(list(tags), tag, place)
-    return tags[tag]
+        raise wrong_type(place, _choice(known), tag)
+    check_text(tag, place)
+    raise unsupported_value(place, tag, known)
 
 
 def _check_struct(shape: inspect.StructType, value: dict[str, Any], path: str) -> None:
@@ -504,8 +510,36 @@ def _check_open_parts(
     for index, tool in enumerate(tools if isinstance(tools, list) else ()):
         if isinstance(tool, objects.FunctionTool):
             _check_depth(tool.function.parameters, f"tools[{index}].function.parameters")
+        if isinstance(tool, objects.McpTool) and tool.server_url:
+            check_url(tool.server_url, f"tools[{index}].server_url")
+        if tool.vendor is not UNSET and objects.EXTENSION in tool.vendor:
+            _check_calling(tool, f"tools[{index}].{objects.EXTENSION}")
     if isinstance(response_format, objects.JsonSchemaResponseFormat):
         _check_depth(response_format.json_schema.schema, "response_format.json_schema.schema")
+
+
+def _check_calling(tool: objects.Tool, path: str) -> None:
+    if not isinstance(tool, objects.FunctionTool):
+        raise unknown(path)
+    assert tool.vendor is not UNSET
+    told = tool.vendor[objects.EXTENSION]
+    _check(_shape(objects.FunctionCalling), told, path)
+    if told.get("url") is None and told.get("retries") is not None:
+        raise missing(f"{path}.url")
+    if told.get("url") is not None:
+        check_url(told["url"], f"{path}.url")
+
+
+def check_url(url: str, path: str) -> None:
+    """Refuse what is no http(s) URL; whether its address may be asked shows when it is."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        fine = False
+    if not fine or parts.username is not None or any(char.isspace() for char in url):
+        text = f"Invalid '{path}'. Expected a URL that begins with 'https://' or 'http://', without user and password."
+        raise InvalidRequest(text, param=path, code="invalid_value")
 
 
 def _check_resources(resources: objects.CreateToolResources | None, path: str) -> None:

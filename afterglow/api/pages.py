@@ -19,6 +19,7 @@ from afterglow.objects import INCLUDE_FILE_SEARCH_CONTENT
 MAX_LIMIT = 100
 ORDERS = ("asc", "desc")
 INTEGER = re.compile(r"-?[0-9]{1,100}")
+NUMBER = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})?")
 INCLUDE = re.compile(r"include(\[[0-9]*\])?")
 
 
@@ -66,6 +67,15 @@ def _limit(text: str | None, default: int) -> int:
     limit = int(text)
     faults.check_range(limit, 1, MAX_LIMIT, "limit")
     return limit
+
+
+def read_seconds(name: str, text: str, low: float, high: float) -> float:
+    """Raises InvalidRequest."""
+    if not NUMBER.fullmatch(text):
+        raise faults.wrong_type(name, "a number", text)
+    seconds = float(text)
+    faults.check_range(seconds, low, high, name, "decimal")
+    return seconds
 
 
 def _order(text: str | None, default: Literal["asc", "desc"]) -> Literal["asc", "desc"]:

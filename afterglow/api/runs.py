@@ -10,11 +10,11 @@ from starlette.responses import Response
 
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
 from afterglow.api.bodies import parse
-from afterglow.api.pages import read_include
+from afterglow.api.pages import query_value, read_include, read_seconds
 from afterglow.api.sse import EventStream
 from afterglow.contracts import Transaction
 from afterglow.errors import NotFound
-from afterglow.objects import CreateRun, CreateThreadAndRun, ModifyRun, SubmitToolOutputs
+from afterglow.objects import TOOL_TIMEOUT_S, CreateRun, CreateThreadAndRun, ModifyRun, SubmitToolOutputs
 from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
@@ -35,6 +35,7 @@ async def create_run(request: Request) -> Response:
         body,
         include,
         await origin_of(request),
+        tool_timeout_s=_tool_timeout(request),
     )
     return EventStream(house_of(request), happened) if body.stream else reply(happened.run)
 
@@ -44,12 +45,23 @@ async def create_thread_and_run(request: Request) -> Response:
     body = await parse(request, CreateThreadAndRun)
     include = read_include(request)
     thread, happened = await start_thread_and_run(
-        house_of(request), project_of(request), body, include, await origin_of(request)
+        house_of(request),
+        project_of(request),
+        body,
+        include,
+        await origin_of(request),
+        tool_timeout_s=_tool_timeout(request),
     )
     if not body.stream:
         return reply(happened.run)
     first = b"event: thread.created\ndata: " + msgspec.json.encode(thread) + b"\n\n"
     return EventStream(house_of(request), happened, first)
+
+
+def _tool_timeout(request: Request) -> float | None:
+    """`?tool_timeout_s=`: how long each function call waits for its output. Raises InvalidRequest."""
+    text = query_value(request, "tool_timeout_s")
+    return None if text is None else read_seconds("tool_timeout_s", text, *TOOL_TIMEOUT_S)
 
 
 async def list_runs(request: Request) -> Response:

@@ -13,6 +13,7 @@ class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What caller or assistant set, which the object shows only mixed with defaults.
 
     include: the request's `include[]`. tool_choice and parallel_tool_calls as given; None means unset.
+    tool_timeout_s: how long each call waits for its output; None for as long as the run does.
     """
 
     temperature: float | None = None
@@ -22,6 +23,7 @@ class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
     include: list[str] = []
+    tool_timeout_s: float | None = None
 
 
 class RunRow(msgspec.Struct, kw_only=True):

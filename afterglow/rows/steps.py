@@ -66,6 +66,17 @@ async def list_open_steps(tx: Transaction, project: str, run_id: str) -> list[Pl
     return [_placed(row) for row in rows]
 
 
+async def list_newest_calls(tx: Transaction, project: str, run_id: str, limit: int) -> list[PlacedStep]:
+    """The newest tool-call steps of a run, open or closed, newest first."""
+    rows = await tx.fetch(
+        f"SELECT {_PLACED} FROM steps WHERE project_id = $1 AND run_id = $2 AND type = 'tool_calls'"
+        f" AND left_behind = 0 ORDER BY created_at DESC, seq DESC LIMIT {limit}",
+        project,
+        run_id,
+    )
+    return [_placed(row) for row in rows]
+
+
 async def leave_behind_text_before(tx: Transaction, project: str, calls: PlacedStep) -> None:
     """Leave behind the text that the model said in the same turn, just before calls that it did not finish.
 

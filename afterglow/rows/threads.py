@@ -18,6 +18,7 @@ _OF_A_THREAD = (
     " (SELECT id FROM runs WHERE project_id = $1 AND thread_id = $2)",
     "DELETE FROM model_calls WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM steps WHERE project_id = $1 AND thread_id = $2",
+    "DELETE FROM tool_deadlines WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM runs WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM messages WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM thread_metadata WHERE project_id = $1 AND thread_id = $2",

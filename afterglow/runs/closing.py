@@ -16,8 +16,13 @@ from afterglow.rows.messages import get_message, update_message
 from afterglow.rows.steps import PlacedStep, leave_behind_text_before, list_open_steps, update_step
 from afterglow.runs.states import OPEN_MESSAGE_REASONS, OPEN_STEP_ENDS, end_message, end_step
 from afterglow.runs.transcript import Event, message_event, step_event
+from afterglow.tools.function import CALLED_BY
 
 WORKER_DIED = LastError("server_error", "The server stopped while this step was being made; it was made again.")
+NOT_CALLED = "The server stopped before this tool was called."
+NOT_KNOWN = (
+    "The server stopped while this tool was being called: whether it has done what it was called for is not known."
+)
 
 
 class InHand(msgspec.Struct):
@@ -57,14 +62,35 @@ async def close_open_steps(
 
 
 async def leave_behind_open_steps(tx: Transaction, project: str, run: Run, now: int) -> list[Event]:
-    """Close what a dead attempt left open; it is kept from prompts, and from lists once it is replaced."""
+    """Close what a dead attempt left open; it is kept from prompts, and from lists once it is replaced.
+
+    Calls that went out to others are not: they may have had their effect, so the model is told of them instead.
+    """
     ending = _Ending("failed", "run_failed", WORKER_DIED, left_behind=True)
     events: list[Event] = []
     for placed in await list_open_steps(tx, project, run.id):
+        if _went_out(placed.step):
+            events += await _close_unknown(tx, project, placed, now)
+            continue
         if placed.step.type == "tool_calls":
             await leave_behind_text_before(tx, project, placed)
         events += await _close(tx, project, placed, now, ending)
     return events
+
+
+def _went_out(step: RunStep) -> bool:
+    """Whether the step has calls that the server was making. They stand in it from before the first is made."""
+    return step.type == "tool_calls" and any(CALLED_BY in call for call in step.step_details["tool_calls"])
+
+
+async def _close_unknown(tx: Transaction, project: str, placed: PlacedStep, now: int) -> list[Event]:
+    step = placed.step
+    for call in step.step_details["tool_calls"]:
+        if call["type"] == "function":
+            call["function"]["output"] = f"ERROR: {NOT_KNOWN}" if CALLED_BY in call else f"ERROR: {NOT_CALLED}"
+    close_step(step, "failed", now, placed.usage, LastError("server_error", NOT_KNOWN))
+    await update_step(tx, project, step)
+    return [step_event(step)]
 
 
 async def _close(tx: Transaction, project: str, placed: PlacedStep, now: int, ending: _Ending) -> list[Event]:

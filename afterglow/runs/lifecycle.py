@@ -6,23 +6,26 @@ that it holds is in `loop.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET
 
 from afterglow.contracts import START, House, Position, Segment, Transaction
-from afterglow.errors import BadToolOutputs, InvalidRequest, NotFound, ThreadBusy
+from afterglow.errors import InvalidRequest, NotFound, ThreadBusy
 from afterglow.ids import new_id
 from afterglow.objects import (
     HELD_RUNS,
     INCLUDE_FILE_SEARCH_CONTENT,
     CreateRun,
     CreateThreadAndRun,
+    Json,
     LastError,
     ModifyRun,
     Run,
+    RunStep,
     SubmitToolOutputs,
     TruncationStrategy,
     Usage,
@@ -35,11 +38,18 @@ from afterglow.rows.assistants import AssistantRow, get_assistant
 from afterglow.rows.runs import RunAsked, RunRow
 from afterglow.rows.search_results import fill_in_content
 from afterglow.rows.steps import PlacedStep
+from afterglow.rows.tool_calls import Deadline, delete_deadlines, list_due, take_due
 from afterglow.runs import report
 from afterglow.runs.closing import close_open_steps, close_step
+from afterglow.runs.outputs import Submission, give, timed_out
 from afterglow.runs.states import TERMINAL, move_run
 from afterglow.runs.transcript import Event, Transcript, run_event, step_event, stop_of
 from afterglow.tools.function import stored_form
+from afterglow.tools.mcp import check_mcp_tools
+
+ROUNDS_REMEMBERED = 32  # newest steps among which outputs that come again are looked for
+NOTHING_NEW = Segment(0, 0, 0, b"")
+STEP_ENDS = (b"completed", b"failed")
 
 
 class Happened(NamedTuple):
@@ -100,6 +110,7 @@ def new_run(
         parallel_tool_calls=_first(body.parallel_tool_calls, True),
         response_format=_first(asked.response_format, "auto"),
     )
+    check_mcp_tools(house, run.tools if body.tools is not None else [])
     _check_tool_choice(run)
     strategy = run.truncation_strategy
     if strategy.type == "last_messages" and strategy.last_messages is None:
@@ -146,6 +157,8 @@ async def insert_run(
     body: CreateRun | CreateThreadAndRun,
     include: list[str],
     tool_resources: dict[str, Any] | None = None,
+    *,
+    tool_timeout_s: float | None = None,
 ) -> Happened:
     """Queue a run on a thread that is known to be free."""
     assistant = await get_assistant(tx, project, body.assistant_id)
@@ -153,6 +166,7 @@ async def insert_run(
         raise _no_assistant(body.assistant_id)
     run, asked = new_run(house, thread_id, assistant, body, include)
     run.tool_resources = tool_resources or {}
+    asked.tool_timeout_s = tool_timeout_s
     place = await thread_rows.take_place(tx, project, thread_id, run.created_at)
     assert place is not None
     deadline = run.created_at + house.settings.run_expires_s
@@ -279,60 +293,93 @@ async def _cancel_unheld(tx: Transaction, house: House, row: RunRow) -> tuple[Ru
 async def submit_tool_outputs(
     house: House, project: str, thread_id: str, run_id: str, body: SubmitToolOutputs
 ) -> Happened:
-    """Answer all calls that a run waits for, and queue it again.
+    """Answer calls that a run waits for, and queue it again once all are answered.
 
-    Raises BadToolOutputs, and the run goes on waiting, unless the ids are exactly those expected, in any order;
-    InvalidRequest when it does not wait.
+    What was given before is given again without effect, whatever has become of the run. Raises BadToolOutputs, and the
+    run goes on waiting, unless the other ids are exactly those expected, in any order, or with `partial` some of
+    them; InvalidRequest when the run does not wait, or a call has timed out.
     """
-    given = {output.tool_call_id: output.output for output in body.tool_outputs}
-    got = [output.tool_call_id for output in body.tool_outputs]
 
-    async def work(tx: Transaction) -> Happened | None:
+    async def work(tx: Transaction) -> Happened:
         row = await _get_run(tx, project, thread_id, run_id)
         if expired := await expire_if_due(tx, house, row):
             return expired
+        expected = _awaited(row.run) if row.run.status == "requires_action" else []
+        as_expected = {output.tool_call_id for output in body.tool_outputs} == set(expected)
+        rounds = [] if as_expected else await step_rows.list_newest_calls(tx, project, run_id, ROUNDS_REMEMBERED)
+        submission = Submission(body, expected, [placed.step for placed in rounds])
+        if submission.repeats is not None:
+            since = await _since_submission(tx, row, submission.repeats, stream=bool(body.stream))
+            return Happened(project, row.run, since, NOTHING_NEW)
         if row.run.status != "requires_action":
-            raise _no_outputs_in(row.run.status)
-        expected = _awaited(row.run)
-        if sorted(got) != sorted(expected):
-            raise BadToolOutputs(expected, got)
-        now = int(house.clock.now())
-        events: list[Event] = []
-        for placed in await step_rows.list_open_steps(tx, project, run_id):
-            _close_answered(house, placed, given, now)
-            await step_rows.update_step(tx, project, placed.step)
-            with_content = INCLUDE_FILE_SEARCH_CONTENT in row.asked.include
-            events.append(step_event(await fill_in_content(tx, project, placed.step) if with_content else placed.step))
-        move_run(row.run, "outputs_given", now)
-        return await _write(tx, house, row, [*events, run_event(row.run)])
+            raise submission.too_late() or _no_outputs_in(row.run.status)
+        submission.check()
+        return await _take_outputs(tx, house, row, submission.new)
 
     happened = await house.store.write(work)
-    assert happened is not None
-    tell(house, happened)
-    if happened.run.status != "queued":
-        raise _no_outputs_in(happened.run.status)
+    if happened.segment.data:
+        tell(house, happened)
+        if happened.run.status != "queued":
+            raise _no_outputs_in(happened.run.status)
     return happened
 
 
-def _close_answered(house: House, placed: PlacedStep, given: dict[str, str], now: int) -> None:
-    """Put the outputs into their step and close it; it failed when it also called a tool whose engine is off."""
-    calls = placed.step.step_details["tool_calls"]
-    for call in calls:
-        if call["type"] == "function":
-            call["function"]["output"] = given[call["id"]]
-    kinds = dict.fromkeys(call["type"] for call in calls)
+async def _take_outputs(tx: Transaction, house: House, row: RunRow, given: Mapping[str, str]) -> Happened:
+    """Put outputs into the step of a run that waits for them. The run goes on when it was the last; else it waits on,
+    which is no event."""
+    now = int(house.clock.now())
+    missing = [call for call in _asked(row.run) if call["id"] not in given]
+    events: list[Event] = []
+    for placed in await step_rows.list_open_steps(tx, row.project, row.run.id):
+        give(placed.step, given)
+        if not missing:
+            _close_answered(house, placed, now)
+        await step_rows.update_step(tx, row.project, placed.step, usage=placed.usage if missing else None)
+        with_content = INCLUDE_FILE_SEARCH_CONTENT in row.asked.include
+        events.append(step_event(await fill_in_content(tx, row.project, placed.step) if with_content else placed.step))
+    if missing:
+        row.run.required_action = {"type": "submit_tool_outputs", "submit_tool_outputs": {"tool_calls": missing}}
+        await run_rows.update_run(tx, row)
+        since = await event_rows.get_last_position(tx, row.project, row.run.id)
+        return Happened(row.project, row.run, since, NOTHING_NEW)
+    await delete_deadlines(tx, row.project, row.run.id)
+    move_run(row.run, "outputs_given", now)
+    return await _write(tx, house, row, [*events, run_event(row.run)])
+
+
+def _close_answered(house: House, placed: PlacedStep, now: int) -> None:
+    """Close a step whose calls are all answered; it failed when it also called a tool whose engine is off."""
+    kinds = dict.fromkeys(call["type"] for call in placed.step.step_details["tool_calls"])
     reasons = [reason for kind in kinds if (reason := house.why_off(kind))]
     error = LastError("server_error", " ".join(reasons)) if reasons else None
     close_step(placed.step, "failed" if error else "completed", now, placed.usage, error)
+
+
+async def _since_submission(tx: Transaction, row: RunRow, step: RunStep, *, stream: bool) -> Position:
+    """The place in the run's log before the end of a step whose outputs were given: there, the stream of that
+    submission began. Raises InvalidRequest when that is kept no more, and a stream is asked for."""
+    if step.status == "in_progress" or not stream:
+        return await event_rows.get_last_position(tx, row.project, row.run.id)
+    ends = tuple(b'event: thread.run.step.%b\ndata: {"id":"%b"' % (end, step.id.encode()) for end in STEP_ENDS)
+    for segment in await event_rows.list_segments(tx, row.project, row.run.id, START):
+        if segment.data.startswith(ends):
+            return Position(segment.attempt, segment.first - 1)
+    raise InvalidRequest("These outputs were given before, and the events since then are not kept any more.")
 
 
 def _no_outputs_in(status: str) -> InvalidRequest:
     return InvalidRequest(f'Runs in status "{status}" do not accept tool outputs.')
 
 
-def _awaited(run: Run) -> list[str]:
+def _asked(run: Run) -> list[Json]:
+    """The calls that the run waits for."""
     assert run.required_action is not None
-    return [call["id"] for call in run.required_action["submit_tool_outputs"]["tool_calls"]]
+    asked: list[Json] = run.required_action["submit_tool_outputs"]["tool_calls"]
+    return asked
+
+
+def _awaited(run: Run) -> list[str]:
+    return [call["id"] for call in _asked(run)]
 
 
 async def _get_run(tx: Transaction, project: str, thread_id: str, run_id: str) -> RunRow:
@@ -373,6 +420,35 @@ async def expire_overdue(house: House, limit: int, executing: Collection[str] = 
     for one in happened:
         tell(house, one)
     return len(happened)
+
+
+async def time_out_calls(house: House, limit: int) -> int:
+    """Answer calls whose time is over in the caller's place, so that their runs go on; return how many there were."""
+    now = house.clock.now()
+
+    async def look(tx: Transaction) -> list[Deadline]:
+        return await list_due(tx, now, limit)
+
+    due = await house.store.read(look)
+    for project, thread_id, run_id in dict.fromkeys((one.project, one.thread_id, one.run_id) for one in due):
+        tell(house, await house.store.write(partial(_time_out, house, project, thread_id, run_id, now)))
+    return len(due)
+
+
+async def _time_out(
+    house: House, project: str, thread_id: str, run_id: str, now: float, tx: Transaction
+) -> Happened | None:
+    over = await take_due(tx, project, run_id, now)
+    row = await run_rows.get_run(tx, project, thread_id, run_id)
+    if row is None or row.run.status != "requires_action":
+        return None
+    if expired := await expire_if_due(tx, house, row):
+        return expired
+    waiting = {step.step.id for step in await step_rows.list_open_steps(tx, project, run_id)}
+    asked = set(_awaited(row.run))
+    given = {one.call_id: timed_out(one.timeout_s) for one in over if one.step_id in waiting and one.call_id in asked}
+    happened = await _take_outputs(tx, house, row, given) if given else None
+    return happened if happened and happened.segment.data else None
 
 
 async def _expire(tx: Transaction, house: House, row: RunRow) -> Happened:

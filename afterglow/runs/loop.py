@@ -53,7 +53,9 @@ from afterglow.rows.model_calls import ModelCall, insert_model_call
 from afterglow.rows.runs import RunRow
 from afterglow.rows.search_results import FoundBy, fill_in_content, insert_results
 from afterglow.rows.threads import Place
+from afterglow.rows.tool_calls import Deadline, insert_deadline
 from afterglow.runs import report
+from afterglow.runs.calling import OutgoingCalls
 from afterglow.runs.closing import InHand, close_open_steps, close_step
 from afterglow.runs.context import Calibration, chat_messages, estimate_tokens
 from afterglow.runs.images import inline_stored_images
@@ -86,7 +88,8 @@ from afterglow.tools.file_search import (
     within,
     without_content,
 )
-from afterglow.tools.function import ToolKind, chat_tool_choice, offer
+from afterglow.tools.function import CALLED_OUT, FUNCTIONS, ToolKind, chat_tool_choice, offer
+from afterglow.tools.mcp import ListedServers, list_mcp_tools
 from afterglow.vector_stores import wait_for_thread_store
 
 T = TypeVar("T")
@@ -119,6 +122,7 @@ class Execution:
         self._started = started
         self._unwritten: list[Segment] = []
         self._offered = offer(row.run.tools)
+        self._mcp = ListedServers()
         self._turn: ModelTurn | None = None
         self._budget_cap: int | None = None  # what an overflow without a number has taught this attempt
         self._overflowed = False
@@ -141,6 +145,7 @@ class Execution:
         try:
             if reason := await self._demanded_engine_off():
                 return await self._stop("broke", LastError("server_error", reason))
+            await self._ask_mcp_servers()
             await self._wait_for_files()
             while await self._take_turn(committed):
                 pass
@@ -162,6 +167,12 @@ class Execution:
             waiting = partial(wait_for_thread_store, self.house, self.row.project, run.thread_id, FILES_WAIT_S)
             if not await self.interrupt.wait(waiting):
                 log.info("Run %s goes on without files that are still being read in.", run.id)
+
+    async def _ask_mcp_servers(self) -> None:
+        """What their tools are is found out once, so that the prompt's start stays the same from turn to turn."""
+        if any(tool["type"] == "mcp" for tool in self.row.run.tools):
+            self._mcp = await self.interrupt.wait(partial(list_mcp_tools, self.house, self.row.run.tools))
+            self._offered = offer(self.row.run.tools, self._mcp.tools)
 
     async def fail(self, message: str) -> None:
         """End the run because of a fault of ours."""
@@ -219,7 +230,7 @@ class Execution:
     async def _instructions(self) -> str:
         """The run's, and what files the code interpreter has: looked up once, so that the prompt's start stays the
         same from turn to turn."""
-        instructions = self.row.run.instructions
+        instructions = "\n\n".join(filter(None, [self.row.run.instructions, self._mcp.paragraph()]))
         if "code_interpreter" not in self._offered.names:
             return instructions
         if self._files is None:
@@ -378,7 +389,7 @@ class Execution:
         if not delta.arguments:
             return
         call.arguments.append(delta.arguments)
-        if call.kind == "function":
+        if call.kind in FUNCTIONS:
             piece = {"index": delta.index, "type": "function", "function": {"arguments": delta.arguments}}
             self._keep([step_delta(turn.step.id, [piece])])
         elif call.kind == "code_interpreter" and (code := call.code.feed(delta.arguments)):
@@ -565,7 +576,7 @@ class Execution:
         waiting = [call for call in turn.calls if call.kind == "function"]
         await self._run_server_side(turn, usage)
         with_content = INCLUDE_FILE_SEARCH_CONTENT in self.row.asked.include
-        failures = [call.failure for call in turn.calls if call.failure]
+        failures = [call.failure for call in turn.calls if call.failure and call.output is None]
         now = int(self.house.clock.now())
         opened = turn.step
         assert opened is not None
@@ -581,6 +592,7 @@ class Execution:
                 await step_rows.update_step(tx, row.project, step, usage=usage)
                 move_run(row.run, "calls_functions", now)
                 row.run.required_action = required_action(waiting)
+                await self._set_deadlines(tx, row, step.id, waiting)
                 return [run_event(row.run)]
             error = LastError("server_error", " ".join(failures)) if failures else None
             close_step(step, "failed" if failures else "completed", now, usage, error)
@@ -593,6 +605,16 @@ class Execution:
             self._stop_offering({call.kind for call in turn.calls})
         return not waiting
 
+    async def _set_deadlines(self, tx: Transaction, row: RunRow, step_id: str, waiting: list[Call]) -> None:
+        """Of those calls that do not wait for as long as the run does."""
+        now = self.house.clock.now()
+        for call in waiting:
+            calling = self._offered.callings.get(call.name)
+            timeout_s = (calling and calling.timeout_s) or row.asked.tool_timeout_s
+            if timeout_s is not None:
+                place = row.project, row.run.thread_id, row.run.id, step_id, call.id
+                await insert_deadline(tx, Deadline(*place, timeout_s, now + timeout_s))
+
     async def _keep_results(self, tx: Transaction, row: RunRow, turn: ModelTurn) -> None:
         """What the turn's searches have found."""
         for call in turn.calls:
@@ -601,9 +623,11 @@ class Execution:
             await insert_results(tx, row.project, found_by, call.results)
 
     async def _run_server_side(self, turn: ModelTurn, usage: Usage) -> None:
-        """Run the calls whose engine is ours, one after the other."""
+        """Make the calls that go out, at the same time; then run those whose engine is ours, one after the other."""
+        if going_out := [call for call in turn.calls if call.kind in CALLED_OUT]:
+            await self._call_out(turn, going_out, usage)
         for call in turn.calls:
-            if call.kind == "function":
+            if call.kind in FUNCTIONS:
                 continue
             if call.kind == "code_interpreter" and (missing := call.code.end()):
                 self._keep_code(turn, call, {"input": missing})
@@ -614,6 +638,13 @@ class Execution:
                     self._fail(turn, call, off)
                 else:
                     await self._run_code(turn, call, usage)
+
+    async def _call_out(self, turn: ModelTurn, calls: list[Call], usage: Usage) -> None:
+        """Whoever takes over from here on finds the calls in their step, and does not make them again."""
+        if not turn.recorded:
+            await self._show_calls(turn, usage)
+        outgoing = OutgoingCalls(self.house, self.row, turn, self._offered)
+        await self.interrupt.wait(partial(outgoing.make, calls, self._room_for_results(turn)))
 
     async def _search_files(self, turn: ModelTurn, call: Call) -> None:
         """Raises InvalidRequest when a store cannot be searched: it has expired, or needs another embedding model."""
@@ -697,7 +728,8 @@ class Execution:
         self._turns_for_nothing += 1
         if self._turns_for_nothing >= TURNS_FOR_NOTHING:
             self._given_up |= kinds
-            self._offered = offer([tool for tool in self.row.run.tools if tool["type"] not in self._given_up])
+            kept = [tool for tool in self.row.run.tools if tool["type"] not in self._given_up]
+            self._offered = offer(kept, self._mcp.tools)
 
     async def _record_call(self, tx: Transaction, row: RunRow, turn: ModelTurn, usage: Usage) -> None:
         """Add the tokens to the run, and one row for the ledger."""

@@ -15,7 +15,7 @@ from afterglow.contracts import ChatRequest, ModelEnd
 from afterglow.objects import Message, RunStep, Usage
 from afterglow.runs.prompt import Prompt
 from afterglow.tools.annotations import Markers
-from afterglow.tools.function import ToolKind
+from afterglow.tools.function import CALLED_BY, CALLED_OUT, FUNCTIONS, ToolKind
 
 
 class CodeText:
@@ -78,9 +78,10 @@ def _well_formed(text: str) -> str:
 
 class Call:
     """A tool call that the model is writing. code, outputs: of a code_interpreter call. search, results: of a
-    file_search call, what its step shows and what it has found. failure: why it was not run."""
+    file_search call, what its step shows and what it has found. output: of a function that this server has called.
+    failure: why it was not run."""
 
-    __slots__ = ("arguments", "code", "failure", "id", "kind", "name", "outputs", "results", "search")
+    __slots__ = ("arguments", "code", "failure", "id", "kind", "name", "output", "outputs", "results", "search")
 
     def __init__(self, call_id: str, name: str, kind: ToolKind) -> None:
         self.id = call_id
@@ -91,6 +92,7 @@ class Call:
         self.outputs: list[dict[str, Any]] = []
         self.search: dict[str, Any] = {}
         self.results: list[dict[str, Any]] = []
+        self.output: str | None = None
         self.failure = ""
 
     def print(self, text: str) -> dict[str, Any]:
@@ -160,12 +162,10 @@ class ModelTurn:
 
 def stored_call(call: Call) -> dict[str, Any]:
     arguments = "".join(call.arguments)
-    if call.kind == "function":
-        return {
-            "id": call.id,
-            "type": "function",
-            "function": {"name": call.name, "arguments": arguments, "output": None},
-        }
+    if call.kind in FUNCTIONS:
+        function = {"name": call.name, "arguments": arguments, "output": call.output}
+        ours = {CALLED_BY: "server"} if call.kind in CALLED_OUT else {}
+        return {"id": call.id, "type": "function", "function": function, **ours}
     if call.kind == "code_interpreter":
         return {
             "id": call.id,
@@ -186,7 +186,7 @@ def _code(arguments: str) -> str:
 
 def first_delta(call: Call) -> dict[str, Any]:
     """The first delta of a call: everything that is sent once."""
-    if call.kind == "function":
+    if call.kind in FUNCTIONS:
         return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": "", "output": None}}
     return stored_call(call)
 
