@@ -427,6 +427,7 @@ PAIRS = [
         objects.SubmitToolOutputs,
         run_submit_tool_outputs_params.RunSubmitToolOutputsParamsNonStreaming,
         elsewhere="thread_id",
+        more="partial",
     ),
     pair(objects.ToolOutput, run_submit_tool_outputs_params.ToolOutput, must="tool_call_id"),
     pair(objects.TruncationStrategy, run_create_params.TruncationStrategy),
