@@ -29,6 +29,7 @@ from afterglow.contracts import (
     CodeEngine,
     Embedder,
     House,
+    McpServers,
     SearchIndex,
     Store,
     Traces,
@@ -224,6 +225,17 @@ def build_traces(settings: Settings) -> Traces | None:
     return OtlpTraces(settings.trace_url)
 
 
+def build_mcp(settings: Settings) -> McpServers | None:
+    """The MCP servers that may be asked, if the settings name or allow any. Raises ConfigError."""
+    if not settings.mcp and not settings.mcp_server_urls:
+        return None
+    try:
+        from afterglow.mcp_servers import McpSessions
+    except ModuleNotFoundError:
+        raise ConfigError("MCP servers need its client. Install it: pip install 'afterglow[mcp]'") from None
+    return McpSessions(settings)
+
+
 def build_index(settings: Settings) -> SearchIndex:
     """The search files of the data folder. Another process may be using them."""
     return EmbeddedIndex(search_path(settings))
@@ -375,6 +387,8 @@ class Application:
         await self._mark()
         if self.house.embedder is not None:
             await self.house.embedder.close()
+        if self.house.mcp is not None:
+            await self.house.mcp.close()
         if self.house.traces is not None:
             await self.house.traces.close()
 
@@ -483,6 +497,7 @@ async def _build(
         embedder=embedder,
         metrics=metrics,
         traces=build_traces(settings),
+        mcp=build_mcp(settings),
         **plugs,
     )
     await _check_folder(house)

@@ -376,12 +376,15 @@ class McpServers(Protocol):
         """Why it is none that may be asked, in words for the caller; None when it may."""
         ...
 
-    async def list_tools(self, server: McpServer) -> list[McpTool]:
+    async def list_tools(self, project: str, server: McpServer) -> list[McpTool]:
         """Its tools, a bounded number, as the operator allows them. Raises OutboundFailed."""
         ...
 
-    async def call_tool(self, server: McpServer, name: str, arguments: dict[str, Any], *, timeout_s: float) -> str:
-        """The output as text, of bounded size. Raises OutboundFailed, also when the tool says that it failed."""
+    async def call_tool(
+        self, project: str, server: McpServer, name: str, arguments: dict[str, Any], *, timeout_s: float
+    ) -> str:
+        """The output as text, of bounded size. No two projects share a session. Raises OutboundFailed, also when the
+        tool says that it failed."""
         ...
 
     async def close(self) -> None:

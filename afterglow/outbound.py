@@ -77,7 +77,7 @@ class GuardedClient:
         if target.scheme not in schemes or not target.host:
             raise _Forbidden(f"it is no {' or '.join(schemes)} URL")
         port = target.port or (443 if target.scheme == "https" else 80)
-        address = await _checked_address(target.host, port, allow_private)
+        address = await checked_address(target.host, port, allow_private)
         if self._client is None:
             self._client = httpx2.AsyncClient(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False)
         request = self._client.build_request(
@@ -107,7 +107,8 @@ async def _read(response: httpx2.Response, max_bytes: int) -> bytes:
     return bytes(body[:max_bytes])
 
 
-async def _checked_address(host: str, port: int, allow_private: bool) -> str:
+async def checked_address(host: str, port: int, allow_private: bool) -> str:
+    """The IP address to connect to. Raises ValueError for one that may not be asked, OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [str(entry[4][0]).partition("%")[0] for entry in found]
     if not allow_private:

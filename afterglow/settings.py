@@ -2,7 +2,7 @@
 `docs/configuration.md` all come from this table. Nothing else reads the environment.
 
 A value is taken from the command line, else the environment (`AFTERGLOW_` + name in capitals), else the file given
-with `--config`, else the default here. `upstreams` and `models` are tables and come from the file alone.
+with `--config`, else the default here. `upstreams`, `models` and `mcp` are tables and come from the file alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,6 +43,20 @@ class Upstream:
     models: tuple[str, ...] = ()
     max_concurrency: int = 0
     inline_images: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class McpSettings:
+    """One MCP server of the operator's. url: of a streamable HTTP endpoint; else command: a program to start, which
+    speaks on stdin and stdout. headers: sent with each request. env: given to the program, beside PATH, HOME and the
+    like. allowed_tools: none but these; None allows all."""
+
+    name: str
+    url: str = ""
+    command: tuple[str, ...] = ()
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    allowed_tools: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,10 +226,15 @@ class Settings:
     webhook_timeout_s: float = setting(10.0, "One delivery of a webhook.", unit="seconds")
     webhook_retention_d: int = setting(7, "How long the delivery log of webhooks is kept.", unit="days")
     private_tools: bool = setting(
-        False, "Call function tools and MCP servers at private, loopback or link-local addresses, and over plain http."
+        False,
+        "Call function tools, and MCP servers that callers name, at private, loopback or link-local addresses, and"
+        " over plain http.",
     )
     tool_timeout_s: float = setting(
         60.0, "One call of a function tool that has a URL, or of an MCP tool.", unit="seconds"
+    )
+    mcp_server_urls: bool = setting(
+        False, "Let callers name MCP servers by `server_url`, beside those of the configuration."
     )
     messages_while_active: bool = setting(
         False, "Accept messages on a thread while a run is active; the original refuses them."
@@ -234,11 +254,12 @@ class Settings:
         (), "Addresses or networks of proxies whose `X-Forwarded-For` and `-Proto` are believed, comma-separated."
     )
     upstreams: Mapping[str, Upstream] = setting({}, "Model servers by name (`[upstreams.NAME]` in the file).")
+    mcp: Mapping[str, McpSettings] = setting({}, "MCP servers by name (`[mcp.NAME]` in the file).")
     models: Mapping[str, ModelSettings] = setting({}, 'What is known of models (`[models."NAME"]` in the file).')
 
 
 PREFIX = "AFTERGLOW_"
-TABLES = {"upstreams", "models"}
+TABLES = {"upstreams", "models", "mcp"}
 PRICES = ("prompt_price", "cached_price", "completion_price")
 FLAGS = {"aliases": "--alias"}  # a flag that is not the setting's name
 ABOVE_ZERO = (
@@ -322,6 +343,7 @@ def load(
                 values[name] = _convert(place, kind, found)
                 break
     values["upstreams"] = {n: _upstream(n, t, environ) for n, t in _tables(file, "upstreams")}
+    values["mcp"] = {n: _mcp(n, t, environ) for n, t in _tables(file, "mcp")}
     values["models"] = {n: _model(n, t) for n, t in _tables(file, "models")}
     settings = Settings(**values)
     _check(settings)
@@ -441,6 +463,40 @@ def _upstream(name: str, table: Mapping[str, Any], environ: Mapping[str, str]) -
         models=tuple(models),
         max_concurrency=table.get("max_concurrency", 0),
         inline_images=table.get("inline_images"),
+    )
+
+
+def _mcp(name: str, table: Mapping[str, Any], environ: Mapping[str, str]) -> McpSettings:
+    kinds = {"url": str, "command": list, "key_env": str, "headers_env": dict, "env": list, "allowed_tools": list}
+    lists = [table[key] for key in ("command", "env", "allowed_tools") if key in table]
+    named = table.get("headers_env", {})
+    if (
+        not _fits(table, kinds)
+        or not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name)
+        or bool(table.get("url")) == bool(table.get("command"))
+        or not all(isinstance(item, str) for items in (*lists, [*named.values()]) for item in items)
+        or ("env" in table if table.get("url") else {"key_env", "headers_env"} & table.keys())
+    ):
+        raise ConfigError(
+            f"[mcp.{name}] takes url, a text, with key_env, a text, and headers_env, a table of texts; or command, a"
+            " list of texts, with env, a list of texts; and allowed_tools, a list of texts. Its name is one word."
+        )
+    if table.get("url") and not table["url"].startswith(("http://", "https://")):
+        raise ConfigError(f"[mcp.{name}]: url: expected http://… or https://….")
+    variables = [*([table["key_env"]] if "key_env" in table else []), *named.values(), *table.get("env", [])]
+    if unset := [variable for variable in variables if variable not in environ]:
+        raise ConfigError(f"[mcp.{name}]: the variable {unset[0]} is not set.")
+    headers = {header: environ[variable] for header, variable in named.items()}
+    if "key_env" in table:
+        headers["authorization"] = f"Bearer {environ[table['key_env']]}"
+    allowed = table.get("allowed_tools")
+    return McpSettings(
+        name=name,
+        url=table.get("url", ""),
+        command=tuple(table.get("command", ())),
+        headers=headers,
+        env={variable: environ[variable] for variable in table.get("env", [])},
+        allowed_tools=None if allowed is None else tuple(allowed),
     )
 
 

@@ -40,6 +40,7 @@ FLOORS: list[set[str]] = [
 ]
 # Implementations of contracts.py: they stand on the ground (and may run statements); only app.py and tests enter.
 WING = {"store", "traces", "events", "queue", "sandbox", "llm", "chat", "embeddings", "outbound", "testing"}
+WING |= {"mcp_servers"}
 WING |= {"search.embedded", "search.stored", "search.columns", "search.pool", "search.tokens"}
 WING |= {"search.postgres", "search.postings", "search.sessions", "search.statements"}
 WING |= {"offline", "offline_code", "offline_search", "offline_tables", "offline_values"}
@@ -48,6 +49,7 @@ OFFLINE = {"offline_code", "offline_search", "offline_tables", "offline_values"}
 WING_NEIGHBOURS = {
     "llm": {"chat"},
     "embeddings": {"chat"},
+    "mcp_servers": {"outbound"},
     "search.sessions": {"store"},
     "testing": {"ingest"},
     "offline": OFFLINE,

@@ -65,7 +65,7 @@ class OutgoingCalls:
         if self._house.mcp is None:
             raise OutboundFailed(NO_MCP)
         timeout_s = self._row.asked.tool_timeout_s or self._house.settings.tool_timeout_s
-        return await self._house.mcp.call_tool(server, name, _arguments(call), timeout_s=timeout_s)
+        return await self._house.mcp.call_tool(self._row.project, server, name, _arguments(call), timeout_s=timeout_s)
 
     # --- endpoints ---------------------------------------------------------------------------------------------
 

@@ -171,7 +171,9 @@ class Execution:
     async def _ask_mcp_servers(self) -> None:
         """What their tools are is found out once, so that the prompt's start stays the same from turn to turn."""
         if any(tool["type"] == "mcp" for tool in self.row.run.tools):
-            self._mcp = await self.interrupt.wait(partial(list_mcp_tools, self.house, self.row.run.tools))
+            self._mcp = await self.interrupt.wait(
+                partial(list_mcp_tools, self.house, self.row.project, self.row.run.tools)
+            )
             self._offered = offer(self.row.run.tools, self._mcp.tools)
 
     async def fail(self, message: str) -> None:

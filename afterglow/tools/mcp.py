@@ -44,14 +44,14 @@ class ListedServers(msgspec.Struct):
         return "\n".join(f"The tools of {label} cannot be used now: {why}" for label, why in self.failures.items())
 
 
-async def list_mcp_tools(house: House, tools: list[Json]) -> ListedServers:
+async def list_mcp_tools(house: House, project: str, tools: list[Json]) -> ListedServers:
     """Ask every MCP server among a run's tools, all at once."""
     servers = list(dict.fromkeys(mcp_server_of(tool) for tool in tools if tool["type"] == "mcp"))
     listed = ListedServers()
 
     async def ask(server: McpServer) -> None:
         try:
-            listed.tools[server] = await _list_tools(house, server)
+            listed.tools[server] = await _list_tools(house, project, server)
         except OutboundFailed as error:
             log.warning("The tools of the MCP server %s cannot be listed: %s", server.label, error)
             listed.failures[server.label] = str(error)
@@ -61,7 +61,7 @@ async def list_mcp_tools(house: House, tools: list[Json]) -> ListedServers:
     return listed
 
 
-async def _list_tools(house: House, server: McpServer) -> list[McpTool]:
+async def _list_tools(house: House, project: str, server: McpServer) -> list[McpTool]:
     if house.mcp is None:
         raise OutboundFailed(NO_MCP)
-    return await house.mcp.list_tools(server)
+    return await house.mcp.list_tools(project, server)
