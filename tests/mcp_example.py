@@ -1,24 +1,30 @@
-"""An MCP server for tests: `python -m tests.mcp_example` speaks on stdin and stdout, `application()` over HTTP."""
+"""An MCP server for tests: `python -m tests.mcp_example` speaks on stdin and stdout, `over_http` in this process."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
-from mcp.server.mcpserver import MCPServer
+import uvicorn
+from mcp.server.mcpserver import Image, MCPServer
 
 
 def server() -> Any:
     made = MCPServer("example")
+    logging.getLogger("mcp").setLevel(logging.CRITICAL)
 
     @made.tool(description="The weather in a city.")
     def weather(city: str) -> str:
         return f"rain in {city}"
 
-    @made.tool(name="odd.name/tool", structured_output=False)
-    def odd() -> str:
-        return "odd"
+    @made.tool(name="odd.name", structured_output=False)
+    def odd() -> list[Any]:
+        return ["odd", Image(data=b"png", format="png")]
 
     @made.tool()
     def fails() -> str:
@@ -42,6 +48,21 @@ def server() -> Any:
         return "x" * 2_000_000
 
     return made
+
+
+@asynccontextmanager
+async def over_http(**options: Any) -> AsyncGenerator[str, None]:
+    """Its URL, while it is there."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    app = server().streamable_http_app(**options)
+    config = uvicorn.Config(app, loop="none", ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=0)
+    running = uvicorn.Server(config)
+    task = asyncio.create_task(running.serve([listening]))
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/mcp"
+    finally:
+        running.should_exit = True
+        await task
 
 
 if __name__ == "__main__":
