@@ -13,7 +13,7 @@ RUN_EVENT = b"event: thread.run."
 class Watch:
     """A `contracts.Watch`. What is heard twice before it is asked for is given once, as it was last."""
 
-    __slots__ = ("_future", "_known", "_news", "_told", "_watches", "inside", "key", "kind", "project")
+    __slots__ = ("_ended", "_future", "_known", "_news", "_watches", "inside", "key", "kind", "project")
 
     def __init__(self, watches: Watches, kind: Watched, project: str, key: str, inside: str) -> None:
         self.kind = kind
@@ -22,7 +22,7 @@ class Watch:
         self.inside = inside
         self._watches = watches
         self._known = ""
-        self._told = False
+        self._ended = False
         self._news: News | None = None
         self._future: asyncio.Future[None] | None = None
 
@@ -40,21 +40,25 @@ class Watch:
         return [word_for(self.project, key) for key in (own, self.inside) if key]
 
     def hear(self, news: News | None) -> None:
-        if news is None or not news.status or news.status != self._known:
-            self._news, self._told = news, True
-            if self._future is not None and not self._future.done():
-                self._future.set_result(None)
+        """None: nobody is to wait any longer, whatever is heard later."""
+        if news is None:
+            self._ended = True
+        elif news.status and news.status == self._known:
+            return
+        self._news = news
+        if self._future is not None and not self._future.done():
+            self._future.set_result(None)
 
     async def next(self, known: str, timeout_s: float) -> News | None:
         self._known = known
-        if self._told and self._news is not None and self._news.status == known:
-            self._told = False
-        if not self._told:
-            self._future = asyncio.get_running_loop().create_future()
-            async with asyncio.timeout(timeout_s):
-                await self._future
-        self._told = False
-        return self._news
+        if self._news is None or self._news.status == known != "":
+            self._news = None
+            if not self._ended:
+                self._future = asyncio.get_running_loop().create_future()
+                async with asyncio.timeout(timeout_s):
+                    await self._future
+        news, self._news = self._news, None
+        return None if self._ended else news
 
 
 class Watches:
