@@ -61,6 +61,7 @@ from afterglow.search.embedded import EmbeddedIndex
 from afterglow.settings import Settings
 from afterglow.store.blobs import LocalBlobs, check_data_folder
 from afterglow.store.locks import LocalLocks
+from afterglow.store.run_memory import LocalRunMemory
 from afterglow.store.sqlite import READERS, SqliteStore
 from afterglow.telemetry import log
 from afterglow.threads import gone_event
@@ -89,6 +90,7 @@ ROUTES = [
     ("POST", "/threads/{thread_id}/runs", runs.create_run),
     ("GET", "/threads/{thread_id}/runs", runs.list_runs),
     ("GET", "/threads/{thread_id}/runs/{run_id}", runs.retrieve_run),
+    ("GET", "/threads/{thread_id}/runs/{run_id}/events", runs.follow_run_events),
     ("POST", "/threads/{thread_id}/runs/{run_id}", runs.modify_run),
     ("POST", "/threads/{thread_id}/runs/{run_id}/cancel", runs.cancel_run),
     ("POST", "/threads/{thread_id}/runs/{run_id}/submit_tool_outputs", runs.submit_tool_outputs),
@@ -265,7 +267,9 @@ async def open_place(settings: Settings) -> AsyncIterator[tuple[Store, Blobs, Se
         yield store, await _open_blobs(settings, opened), await _open_index(settings, opened)
 
 
-async def _open_store(settings: Settings, *, sqlite_readers: int = READERS) -> Store:
+async def _open_store(
+    settings: Settings, *, sqlite_readers: int = READERS, run_memory: LocalRunMemory | None = None
+) -> Store:
     if settings.database_url:
         from afterglow.store.postgres import PostgresStore
 
@@ -276,7 +280,7 @@ async def _open_store(settings: Settings, *, sqlite_readers: int = READERS) -> S
             silence_s=settings.run_lease_s / 2,
         )
     make_data_folder(Path(settings.data))
-    return SqliteStore(database_path(settings), readers=sqlite_readers)
+    return SqliteStore(database_path(settings), readers=sqlite_readers, run_memory=run_memory)
 
 
 async def _open_blobs(settings: Settings, opened: contextlib.AsyncExitStack) -> Blobs:
@@ -369,6 +373,7 @@ class Application:
     async def drain(self) -> None:
         """Take no more work, and let what is in hand end, for up to `drain_s`. Requests are still answered."""
         self._routed.draining = True
+        self.house.events.end_watches()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.house.settings.drain_s):
                 await asyncio.gather(self.worker.drain(), self.pipeline.drain())
@@ -474,7 +479,8 @@ async def _build(
 ) -> Application:
     """opened: takes what must be closed after the application."""
     opened.push_async_callback(models.close)
-    store = store or await _open_store(settings)
+    run_memory = None if store or settings.database_url else LocalRunMemory()
+    store = store or await _open_store(settings, run_memory=run_memory)
     opened.push_async_callback(store.close)
     if source := await store.read(unfinished_move):
         raise ConfigError(f"The database is being filled from {source}: run `afterglow migrate` to its end first.")
@@ -498,6 +504,7 @@ async def _build(
         metrics=metrics,
         traces=build_traces(settings),
         mcp=build_mcp(settings),
+        run_memory=run_memory,
         **plugs,
     )
     await _check_folder(house)

@@ -125,8 +125,40 @@ class Segment(NamedTuple):
     stop: Stop = ""
 
 
+Watched = Literal["run", "file", "batch"]
+DELETED = "deleted"
+
+
+class News(NamedTuple):
+    """What was heard of something that is watched.
+
+    status: what it is now; DELETED, or "" when that is not known. text: its object as JSON, where this process has it.
+    """
+
+    status: str = ""
+    text: bytes | None = None
+
+
+class Watch(Protocol):
+    """What is heard of one thing, from the beginning of its `with` to the end."""
+
+    def __enter__(self) -> Watch: ...
+
+    def __exit__(self, *raised: object) -> None: ...
+
+    async def next(self, known: str, timeout_s: float) -> News | None:
+        """Word of another status than `known`, as soon as there is some; None when nobody is to wait any longer.
+
+        Raises TimeoutError."""
+        ...
+
+
 class Events(Protocol):
-    """Live delivery of run events to followers in this process. What is stored of them is in `rows/events.py`."""
+    """Live delivery of run events to followers in this process. What is stored of them is in `rows/events.py`.
+
+    Besides, word of what has another status now: runs, by what is announced of them, and files and batches of vector
+    stores, by `note`.
+    """
 
     def announce(self, project: str, run_id: str, segment: Segment) -> None:
         """Give a segment to all followers at once. State events are announced only after their commit."""
@@ -150,7 +182,47 @@ class Events(Protocol):
         A batch holds nothing beyond its first stop. An empty one means that `keep_alive_s` passed in silence."""
         ...
 
+    def watch(self, kind: Watched, project: str, key: str, inside: str = "") -> Watch:
+        """Hear of a run, a file (of the store `inside`) or a batch (likewise) when it has another status.
+
+        Word from other processes can be lost: then it is heard of about a second later. Waiting reads nothing."""
+        ...
+
+    def note(self, project: str, key: str, status: str = "") -> None:
+        """After a commit: this run, batch or file (`vs_…/file-…`) has this status now. A store (`vs_…`): whoever
+        watches something in it is to look again."""
+        ...
+
+    def end_watches(self) -> None:
+        """Tell all who watch now that they are not to wait any longer."""
+        ...
+
     async def close(self) -> None: ...
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+class KnownRun(NamedTuple):
+    """A run as it was just read. text: its object as JSON. deadline: Unix seconds."""
+
+    text: str
+    status: str
+    deadline: int
+
+
+class RunMemory(Protocol):
+    """Active runs that were lately asked for, never older than what was committed last."""
+
+    def get(self, project: str, thread_id: str, run_id: str) -> KnownRun | None: ...
+
+    def reading(self, project: str, run_id: str) -> object:
+        """Say, before the run is read, that it will be. Returns a mark for `keep`."""
+        ...
+
+    def keep(self, project: str, thread_id: str, run_id: str, mark: object, run: KnownRun | None) -> None:
+        """What was read, unless the run was changed since the mark; None when it could not be read."""
+        ...
 
 
 # --- queue -----------------------------------------------------------------------------------------------------
@@ -721,7 +793,7 @@ class House:
     ingest_queue: as `queue`, for files of vector stores; its `cancel` takes `vs_…/file-…`, or `vs_…` for all of a
     store's. locks: whoever writes to the index of a store holds that of its id, see `ingest/upkeep.py`. embedder: None
     searches words alone. metrics: what `/metrics` shows of this process. traces: None keeps none. mcp: None when no
-    MCP server may be asked.
+    MCP server may be asked. run_memory: only where no other process can change a run.
     """
 
     settings: Settings
@@ -741,6 +813,7 @@ class House:
     metrics: Metrics = field(default_factory=Metrics)
     traces: Traces | None = None
     mcp: McpServers | None = None
+    run_memory: RunMemory | None = None
 
     def why_off(self, kind: str) -> str | None:
         """Why a server-side tool cannot be had, in words for the model and the operator; None when it can, or when

@@ -135,6 +135,13 @@ class NotFound(ApiError):
         return cls(f"No {noun} found with id '{object_id}'.", param=param)
 
 
+class Gone(ApiError):
+    """What is asked for was kept for a time, and that is over. Wire: HTTP 410, type `invalid_request_error`."""
+
+    status = 410
+    type = "invalid_request_error"
+
+
 class Conflict(ApiError):
     """Another request with the same idempotency key is being executed. Wire: HTTP 409, type `invalid_request_error`;
     the SDKs try again."""

@@ -106,6 +106,7 @@ class Metrics:
             "http_request_seconds", "From a request to the head of its answer.", QUICK_S, "method", "route"
         )
         self.open_streams = self._gauge("open_streams", "Streams of run events that are open here.")
+        self.held_polls = self._gauge("held_polls", "Requests that wait here until something has another status.")
 
     def _gauge(self, name: str, help: str) -> Gauge:
         return Gauge(f"afterglow_{name}", help, registry=self.registry)

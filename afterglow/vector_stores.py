@@ -290,9 +290,12 @@ async def _leave_store(tx: Transaction, project: str, file: VectorStoreFile) -> 
 
 
 async def follow_up(house: House, chores: Sequence[Chore]) -> None:
-    """After the commit: stop the jobs of files and stores that are gone, and let go of them in the index."""
+    """After the commit: stop the jobs of files and stores that are gone, tell who waits for them, and let go of them in
+    the index."""
     for chore in chores:
         house.ingest_queue.cancel(f"{chore.store_id}/{chore.file_id}" if chore.file_id else chore.store_id)
+    for project, store_id in {(chore.project, chore.store_id) for chore in chores}:
+        house.events.note(project, store_id)
     await settle(house, chores)
 
 
@@ -374,6 +377,7 @@ async def cancel_batch(house: House, project: str, store_id: str, batch_id: str)
         return await _batch(tx, project, store_id, batch_id), chores
 
     batch, chores = await house.store.write(work)
+    house.events.note(project, batch_id, batch.status)
     await follow_up(house, chores)
     return batch
 

@@ -77,7 +77,7 @@ class Shape(NamedTuple):
     body: what callers send; with empty_ok they may send nothing. form: schema of the multipart form that they send.
     query: names in QUERY.
     What comes with 200: answer (`dict`: any object; `bytes`: no JSON), or list_of, or a Deleted whose `object` is
-    deleted. With none of the three, no call of the route ends well.
+    deleted, or events. With none of the four, no call of the route ends well.
     """
 
     body: type[Body] | None = None
@@ -86,6 +86,7 @@ class Shape(NamedTuple):
     form: Json | None = None
     list_of: type[msgspec.Struct] | None = None
     deleted: str = ""
+    events: bool = False
     empty_ok: bool = False
 
 
@@ -127,7 +128,8 @@ SHAPES: dict[Endpoint, Shape] = {
     runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, (*INCLUDE, "tool_timeout_s")),
     runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "tool_timeout_s")),
     runs.list_runs: Shape(query=CURSOR, list_of=Run),
-    runs.retrieve_run: Shape(answer=Run),
+    runs.retrieve_run: Shape(answer=Run, query=("wait", "status of runs")),
+    runs.follow_run_events: Shape(events=True, query=("after event", "until")),
     runs.modify_run: Shape(ModifyRun, Run),
     runs.cancel_run: Shape(answer=Run),
     runs.submit_tool_outputs: Shape(SubmitToolOutputs, Run),
@@ -150,12 +152,12 @@ SHAPES: dict[Endpoint, Shape] = {
     vector_stores.search_vector_store: Shape(SearchVectorStore, SearchPage),
     vector_stores.create_vector_store_file: Shape(CreateVectorStoreFile, VectorStoreFile),
     vector_stores.list_vector_store_files: Shape(query=(*CURSOR, "filter"), list_of=VectorStoreFile),
-    vector_stores.retrieve_vector_store_file: Shape(answer=VectorStoreFile),
+    vector_stores.retrieve_vector_store_file: Shape(answer=VectorStoreFile, query=("wait", "status of files")),
     vector_stores.modify_vector_store_file: Shape(ModifyVectorStoreFile, VectorStoreFile),
     vector_stores.delete_vector_store_file: Shape(deleted="vector_store.file.deleted"),
     vector_stores.retrieve_vector_store_file_content: Shape(answer=FileContentPage),
     vector_stores.create_file_batch: Shape(CreateFileBatch, VectorStoreFileBatch),
-    vector_stores.retrieve_file_batch: Shape(answer=VectorStoreFileBatch),
+    vector_stores.retrieve_file_batch: Shape(answer=VectorStoreFileBatch, query=("wait", "status of batches")),
     vector_stores.cancel_file_batch: Shape(answer=VectorStoreFileBatch),
     vector_stores.list_files_of_batch: Shape(query=(*CURSOR, "filter"), list_of=VectorStoreFile),
     inspection.list_chunks: Shape(query=("limit", "after"), list_of=VectorStoreChunk),
@@ -177,6 +179,28 @@ QUERY: dict[str, Json] = {
     "order": {"schema": {"enum": list(ORDERS), "default": Page().order}, "description": "By `created_at`."},
     "after": {"schema": TEXT, "description": "Id of an object; the list goes on behind it."},
     "before": {"schema": TEXT, "description": "Id of an object; the list ends in front of it."},
+    "wait": {
+        "schema": {"type": "number", "minimum": 0, "maximum": 10**9},
+        "description": "Hold the answer until the status is one that lasts, for so many seconds at most.",
+    },
+    **{
+        f"status of {what}": {
+            "name": "status",
+            "schema": {"enum": list(statuses)},
+            "description": "With `wait`: until the status is another than this.",
+        }
+        for what, statuses in (
+            ("runs", runs.RUN_STATUSES),
+            ("files", vector_stores.FILE_STATUSES),
+            ("batches", vector_stores.BATCH_STATUSES),
+        )
+    },
+    "after event": {
+        "name": "after",
+        "schema": {"type": "string", "pattern": f"^{runs.EVENT_ID.pattern}$"},
+        "description": "Id of an event; the stream begins behind it. The header `Last-Event-ID` goes before.",
+    },
+    "until": {"schema": {"enum": list(runs.UNTIL), "default": "end"}, "description": "Where the stream ends."},
     "run_id": {"schema": TEXT, "description": "Keep what this run wrote."},
     "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
     "filter": {"schema": {"enum": list(vector_stores.FILE_STATUSES)}, "description": "Keep the files of this status."},
@@ -259,6 +283,9 @@ def _answers(shape: Shape) -> Json:
         return {"200": _json_answer(deleted)}
     if shape.list_of is not None:
         return {"200": _json_answer(_list_of(shape.list_of, paged="after" in shape.query))}
+    if shape.events:
+        stream = {"description": "OK", "content": {"text/event-stream": {"schema": {}}}}
+        return {"200": stream, "204": {"description": "There is nothing more to come."}}
     if shape.answer is None:
         return {}
     if shape.answer is bytes:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import re
+from typing import Any, get_args
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from afterglow.api import faults
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
 from afterglow.api.bodies import parse
+from afterglow.api.holding import Seen, held, read_wait
 from afterglow.api.pages import query_value, read_include, read_seconds
 from afterglow.api.sse import EventStream
-from afterglow.contracts import Transaction
+from afterglow.contracts import START, Position, Stop, Transaction
 from afterglow.errors import NotFound
-from afterglow.objects import TOOL_TIMEOUT_S, CreateRun, CreateThreadAndRun, ModifyRun, SubmitToolOutputs
+from afterglow.objects import TOOL_TIMEOUT_S, CreateRun, CreateThreadAndRun, ModifyRun, RunStatus, SubmitToolOutputs
 from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.lists import ListPage
 from afterglow.rows.search_results import filled_in
 from afterglow.runs import lifecycle
+from afterglow.runs.states import TERMINAL
 from afterglow.threads import start_run, start_thread_and_run
+
+RUN_STATUSES: tuple[str, ...] = get_args(RunStatus)
+UNTIL = ("stop", "end")
+EVENT_ID = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})")
 
 
 async def create_run(request: Request) -> Response:
@@ -37,7 +46,7 @@ async def create_run(request: Request) -> Response:
         await origin_of(request),
         tool_timeout_s=_tool_timeout(request),
     )
-    return EventStream(house_of(request), happened) if body.stream else reply(happened.run)
+    return _stream(request, happened) if body.stream else reply(happened.run)
 
 
 async def create_thread_and_run(request: Request) -> Response:
@@ -55,7 +64,11 @@ async def create_thread_and_run(request: Request) -> Response:
     if not body.stream:
         return reply(happened.run)
     first = b"event: thread.created\ndata: " + msgspec.json.encode(thread) + b"\n\n"
-    return EventStream(house_of(request), happened, first)
+    return _stream(request, happened, first)
+
+
+def _stream(request: Request, happened: lifecycle.Happened, first: bytes = b"") -> EventStream:
+    return EventStream(house_of(request), happened.project, happened.run.id, happened.since, first=first)
 
 
 def _tool_timeout(request: Request) -> float | None:
@@ -77,11 +90,44 @@ async def list_runs(request: Request) -> Response:
 
 
 async def retrieve_run(request: Request) -> Response:
-    """GET /threads/{thread_id}/runs/{run_id}. `openai-poll-after-ms` tells SDK helpers how long to wait."""
+    """GET /threads/{thread_id}/runs/{run_id}. With `wait`, and for polls of SDK helpers, held until the run stops."""
     house, project = house_of(request), project_of(request)
     thread_id, run_id = request.path_params["thread_id"], request.path_params["run_id"]
-    text = await lifecycle.retrieve_run(house, project, thread_id, run_id)
-    return reply(text, {"openai-poll-after-ms": str(house.settings.poll_after_ms)})
+    wait = read_wait(request, RUN_STATUSES)
+
+    async def read() -> Seen:
+        run = await lifecycle.retrieve_run(house, project, thread_id, run_id)
+        expires = run.status in ("queued", "requires_action")
+        return Seen(run.text, run.status, run.deadline - house.clock.now() if expires else math.inf)
+
+    return await held(request, wait, TERMINAL, house.events.watch("run", project, run_id), read)
+
+
+async def follow_run_events(request: Request) -> Response:
+    """GET /threads/{thread_id}/runs/{run_id}/events. The run's event log from its start, or from behind `after`, as it
+    grows; up to the run's end, or with `until=stop` to its next stop."""
+    house, project = house_of(request), project_of(request)
+    thread_id, run_id = request.path_params["thread_id"], request.path_params["run_id"]
+    after = _place(request)
+    until = query_value(request, "until")
+    if until is not None and until not in UNTIL:
+        raise faults.unsupported_value("until", until, UNTIL)
+    ends: set[Stop] = {"action", "end"} if until == "stop" else {"end"}
+    if await lifecycle.has_nothing_behind(house, project, thread_id, run_id, after, ends):
+        return Response(status_code=204)  # a browser's EventSource, which comes back after each end, gives up
+    return EventStream(house, project, run_id, after, ends=ends)
+
+
+def _place(request: Request) -> Position:
+    """The place that a follower names. A browser that comes back repeats the query, and knows better by now."""
+    name, text = "Last-Event-ID", request.headers.get("last-event-id")
+    if not text:
+        name, text = "after", query_value(request, "after")
+    if text is None:
+        return START
+    if not (found := EVENT_ID.fullmatch(text)):
+        raise faults.invalid(name, "expected the id of an event, such as '1.42'.", "invalid_value")
+    return Position(int(found[1]), int(found[2]))
 
 
 async def modify_run(request: Request) -> Response:
@@ -102,7 +148,7 @@ async def submit_tool_outputs(request: Request) -> Response:
     body = await parse(request, SubmitToolOutputs)
     thread_id, run_id = request.path_params["thread_id"], request.path_params["run_id"]
     happened = await lifecycle.submit_tool_outputs(house_of(request), project_of(request), thread_id, run_id, body)
-    return EventStream(house_of(request), happened) if body.stream else reply(happened.run)
+    return _stream(request, happened) if body.stream else reply(happened.run)
 
 
 async def list_run_steps(request: Request) -> Response:

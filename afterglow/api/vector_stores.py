@@ -9,11 +9,13 @@ from starlette.responses import Response
 
 from afterglow import vector_stores
 from afterglow.api import faults
-from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
+from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list
 from afterglow.api.bodies import parse
+from afterglow.api.holding import Seen, held, read_wait
 from afterglow.api.pages import query_value
 from afterglow.contracts import Transaction
 from afterglow.objects import (
+    BatchStatus,
     CreateFileBatch,
     CreateVectorStore,
     CreateVectorStoreFile,
@@ -34,15 +36,13 @@ from afterglow.rows.lists import ListPage
 from afterglow.vector_stores import no_file_in_store
 
 FILE_STATUSES: tuple[str, ...] = get_args(FileStatus)
+BATCH_STATUSES: tuple[str, ...] = get_args(BatchStatus)
+ENDED_FILES, ENDED_BATCHES = ({*statuses} - {"in_progress"} for statuses in (FILE_STATUSES, BATCH_STATUSES))
 
 
 def _ids(request: Request) -> tuple[str, str]:
     """Project and vector store."""
     return project_of(request), request.path_params["vector_store_id"]
-
-
-def _poll_headers(request: Request) -> dict[str, str]:
-    return {"openai-poll-after-ms": str(house_of(request).settings.poll_after_ms)}
 
 
 # --- stores ----------------------------------------------------------------------------------------------------
@@ -144,19 +144,21 @@ async def _list_files(request: Request, batch_id: str | None) -> Response:
 
 
 async def retrieve_vector_store_file(request: Request) -> Response:
-    """GET /vector_stores/{vector_store_id}/files/{file_id}. `openai-poll-after-ms` tells SDK helpers how long to
-    wait."""
+    """GET /vector_stores/{vector_store_id}/files/{file_id}. With `wait`, and for polls of SDK helpers, held while the
+    file is in progress."""
     (project, store_id), file_id = _ids(request), request.path_params["file_id"]
+    house = house_of(request)
 
-    async def work(tx: Transaction) -> str | None:
-        text = await file_rows.get_file_object(tx, project, store_id, file_id)
-        if text is None:
+    async def work(tx: Transaction) -> Seen:
+        file = await file_rows.get_file(tx, project, store_id, file_id)
+        if file is None:
             await vector_stores.check_stores(tx, project, [store_id], 0)
-        return text
+            raise no_file_in_store(store_id, file_id)
+        return Seen(file, file.status)
 
-    answer = await reply_stored(request, work, lambda: no_file_in_store(store_id, file_id))
-    answer.headers.update(_poll_headers(request))
-    return answer
+    wait = read_wait(request, FILE_STATUSES)
+    watch = house.events.watch("file", project, file_id, store_id)
+    return await held(request, wait, ENDED_FILES, watch, lambda: house.store.read(work))
 
 
 async def modify_vector_store_file(request: Request) -> Response:
@@ -190,11 +192,17 @@ async def create_file_batch(request: Request) -> Response:
 
 
 async def retrieve_file_batch(request: Request) -> Response:
-    """GET /vector_stores/{vector_store_id}/file_batches/{batch_id}. `openai-poll-after-ms` tells SDK helpers how long
-    to wait."""
-    batch_id = request.path_params["batch_id"]
-    batch = await vector_stores.retrieve_batch(house_of(request), *_ids(request), batch_id)
-    return reply(batch, _poll_headers(request))
+    """GET /vector_stores/{vector_store_id}/file_batches/{batch_id}. With `wait`, and for polls of SDK helpers, held
+    while any of its files is in progress."""
+    (project, store_id), batch_id = _ids(request), request.path_params["batch_id"]
+    house = house_of(request)
+
+    async def read() -> Seen:
+        batch = await vector_stores.retrieve_batch(house, project, store_id, batch_id)
+        return Seen(batch, batch.status)
+
+    wait = read_wait(request, BATCH_STATUSES)
+    return await held(request, wait, ENDED_BATCHES, house.events.watch("batch", project, batch_id, store_id), read)
 
 
 async def cancel_file_batch(request: Request) -> Response:

@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable
 
-from afterglow.contracts import Clock, Position, Segment, Store, Transaction
+from afterglow.contracts import Clock, News, Position, Segment, Store, Transaction, Watched
 from afterglow.events.following import Followed, before, break_silence_forever, cut, end_of, to_each_stop
 from afterglow.events.unwritten import Row, Unwritten
+from afterglow.events.watching import Watch, Watches, word_for
 from afterglow.rows.events import insert_segment, list_segments
 
 
@@ -53,6 +54,7 @@ class LocalEvents:
         self._clock = clock
         self._keep_alive_s = keep_alive_s
         self._feeds: dict[str, _Feed] = {}
+        self._watches = Watches()
         self._unwritten = Unwritten(self._write, flush_ms / 1000, on_flush)
         self._breaking_silence: asyncio.Task[None] | None = None
         self._closed = False
@@ -63,6 +65,10 @@ class LocalEvents:
         self._breaking_silence = asyncio.create_task(break_silence_forever(self._feeds, self._keep_alive_s))
 
     def announce(self, project: str, run_id: str, segment: Segment) -> None:
+        self._hear(run_id, segment)
+        self._watches.tell_of(word_for(project, run_id), segment)
+
+    def _hear(self, run_id: str, segment: Segment) -> None:
         feed = self._feeds.get(run_id)
         if feed is None:
             feed = self._feeds[run_id] = _Feed()
@@ -71,7 +77,7 @@ class LocalEvents:
 
     def keep(self, project: str, run_id: str, segment: Segment) -> None:
         self._unwritten.add(project, run_id, segment)
-        self.announce(project, run_id, segment)
+        self._hear(run_id, segment)
 
     def take_unwritten(self, run_id: str) -> list[Segment]:
         return self._unwritten.take(run_id)  # what is being written is written first: SQLite has one writer
@@ -107,6 +113,15 @@ class LocalEvents:
             feed.followers -= 1
             self._drop_if_idle(run_id, feed)
 
+    def watch(self, kind: Watched, project: str, key: str, inside: str = "") -> Watch:
+        return Watch(self._watches, kind, project, key, inside)
+
+    def note(self, project: str, key: str, status: str = "") -> None:
+        self._watches.tell(word_for(project, key), News(status))
+
+    def end_watches(self) -> None:
+        self._watches.end()
+
     async def _stored(self, project: str, run_id: str, after: Position) -> list[Segment]:
         async def work(tx: Transaction) -> list[Segment]:
             return await list_segments(tx, project, run_id, after)
@@ -127,8 +142,9 @@ class LocalEvents:
         await self._store.write(work)
 
     async def close(self) -> None:
-        """Write what is left, and end every `follow`."""
+        """Write what is left, and end every `follow` and every watch."""
         self._closed = True
+        self._watches.close()
         if self._breaking_silence is not None:
             self._breaking_silence.cancel()
             with contextlib.suppress(asyncio.CancelledError):

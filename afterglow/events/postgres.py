@@ -25,15 +25,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from afterglow.contracts import START, Clock, Position, Segment, SqlRow, Store
+from afterglow.contracts import DELETED, START, Clock, News, Position, Segment, SqlRow, Store, Watched
 from afterglow.errors import StoreError
 from afterglow.events.following import Followed, before, break_silence_forever, chain, cut, end_of, to_each_stop
 from afterglow.events.unwritten import Row, Unwritten
+from afterglow.events.watching import Watch, Watches, word_for
 
 if TYPE_CHECKING:
     from afterglow.store.notify import Notifier
 
 CHANNEL = "afterglow_events"
+STATUS_CHANNEL = "afterglow_statuses"
 POLL_S = 1.0  # how long a lost word can go unnoticed
 RETRY_S = 0.5
 PAUSE_S = 0.005  # between two reads; what is told meanwhile is read together
@@ -80,6 +82,29 @@ LEFT JOIN LATERAL (
 ) AS found ON true
 ORDER BY asked.number, found.attempt, found.first_seq
 """  # noqa: S608  a number of ours
+
+# The statuses of what is watched, by its kind. Of a batch it only matters whether it is over.
+STATUSES: dict[Watched, str] = {
+    "run": """
+SELECT asked.number, runs.status FROM json_to_recordset($1::json) AS asked (number int, project text, key text)
+JOIN runs ON runs.project_id = asked.project AND runs.id = asked.key
+""",
+    "file": """
+SELECT asked.number, files.status
+FROM json_to_recordset($1::json) AS asked (number int, project text, key text, inside text)
+JOIN vector_store_files AS files
+    ON files.project_id = asked.project AND files.store_id = asked.inside AND files.id = asked.key
+""",
+    "batch": """
+SELECT asked.number, CASE WHEN EXISTS (
+    SELECT 1 FROM batch_files AS files
+    WHERE files.project_id = asked.project AND files.batch_id = asked.key AND files.status = 'in_progress'
+) THEN 'in_progress' ELSE '' END
+FROM json_to_recordset($1::json) AS asked (number int, project text, key text)
+JOIN file_batches ON file_batches.project_id = asked.project AND file_batches.id = asked.key
+""",
+}
+STATUSES_PER_READ = 2000
 
 log = logging.getLogger("afterglow.events")
 
@@ -167,25 +192,34 @@ class PostgresEvents:
         self._gone = Segment(GONE_ATTEMPT, 1, 1, gone, "end")
         self._keep_alive_s = keep_alive_s
         self._feeds: dict[str, _Feed] = {}
+        self._watches = Watches()
         self._due: set[str] = set()
         self._any_due = asyncio.Event()
         self._unwritten = Unwritten(self._write, flush_ms / 1000, on_flush)
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
         notifier.listen(CHANNEL, self._look_at)
+        notifier.listen(STATUS_CHANNEL, self._hear_statuses)
         notifier.on_return(self._look_at_all)
 
     def start(self) -> None:
         """Begin to write, to read, and to send keep-alives."""
         self._unwritten.start()
-        loops = (self._read_forever(), self._poll_forever(), break_silence_forever(self._feeds, self._keep_alive_s))
+        loops = (
+            self._read_forever(),
+            self._poll_forever(),
+            self._check_forever(),
+            break_silence_forever(self._feeds, self._keep_alive_s),
+        )
         self._tasks = [asyncio.create_task(loop) for loop in loops]
 
     # --- what happens here -------------------------------------------------------------------------------------
 
     def announce(self, project: str, run_id: str, segment: Segment) -> None:
         self._hear(project, run_id, segment)
-        self._notifier.notify(CHANNEL, _word(project, run_id))
+        word = word_for(project, run_id)
+        self._notifier.notify(CHANNEL, word)
+        self._watches.tell_of(word, segment, lambda status: self._say_status(word, status))
 
     def keep(self, project: str, run_id: str, segment: Segment) -> None:
         self._hear(project, run_id, segment)
@@ -198,7 +232,7 @@ class PostgresEvents:
         self._unwritten.forget(run_id)
 
     def _hear(self, project: str, run_id: str, segment: Segment) -> None:
-        word = _word(project, run_id)
+        word = word_for(project, run_id)
         feed = self._feeds.get(word)
         if feed is None or not (feed.followers or feed.joins_on(segment)):
             # Kept for a moment without followers: who has a run created often follows it next.
@@ -221,13 +255,13 @@ class PostgresEvents:
         # Rowwise: of many runs one has often just been written to, and the rows of all would have to be written again.
         await self._store.write(lambda tx: tx.execute(WRITE, *values), rowwise=True)
         for project, run_id, _ in rows:
-            self._notifier.notify(CHANNEL, _word(project, run_id))
+            self._notifier.notify(CHANNEL, word_for(project, run_id))
 
     # --- following ---------------------------------------------------------------------------------------------
 
     async def follow(self, project: str, run_id: str, after: Position) -> AsyncGenerator[list[Segment], None]:
         after = Position(*(max(0, min(number, LARGEST)) for number in after))
-        word = _word(project, run_id)
+        word = word_for(project, run_id)
         feed = self._feeds.get(word)
         if feed is None:
             feed = self._feeds[word] = self._open(project, run_id, after)
@@ -312,7 +346,7 @@ class PostgresEvents:
         found = await self._read([(feed, feed.end) for feed in feeds])
         for feed, its_log, its_ahead in zip(feeds, found, ahead, strict=True):
             if self._take_in(feed, its_log, its_ahead):
-                self._look_at([_word(feed.project, feed.run_id)])
+                self._look_at([word_for(feed.project, feed.run_id)])
 
     def _take_in(self, feed: _Feed, found: _Log, ahead: int) -> bool:
         """Bring a feed up to what was read of its log; return whether that has to be done again.
@@ -348,11 +382,55 @@ class PostgresEvents:
 
         return _logs(await self._store.read(lambda tx: tx.fetch(READ, text)))
 
+    # --- watching ----------------------------------------------------------------------------------------------
+
+    def watch(self, kind: Watched, project: str, key: str, inside: str = "") -> Watch:
+        return Watch(self._watches, kind, project, key, inside)
+
+    def note(self, project: str, key: str, status: str = "") -> None:
+        word = word_for(project, key)
+        self._watches.tell(word, News(status))
+        self._say_status(word, status)
+
+    def end_watches(self) -> None:
+        self._watches.end()
+
+    def _say_status(self, word: str, status: str) -> None:
+        self._notifier.notify(STATUS_CHANNEL, f"{status} {word}")
+
+    def _hear_statuses(self, said: list[str]) -> None:
+        for one in said:
+            status, _, word = one.partition(" ")
+            self._watches.tell(word, News(status))
+
+    async def _check_forever(self) -> None:
+        """Tell what is watched its status now and then, for word of it may have been lost."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            for kind in STATUSES:
+                watches = [watch for watch in self._watches.all() if watch.kind == kind]
+                try:
+                    for at in range(0, len(watches), STATUSES_PER_READ):
+                        await self._check(kind, watches[at : at + STATUSES_PER_READ])
+                except StoreError as error:
+                    log.warning("What is waited for could not be read, and this will be tried again: %s", error)
+
+    async def _check(self, kind: Watched, watches: list[Watch]) -> None:
+        asked = [
+            {"number": number, "project": watch.project, "key": watch.key, "inside": watch.inside}
+            for number, watch in enumerate(watches)
+        ]
+        text = msgspec.json.encode(asked).decode()
+        statuses: dict[int, str] = dict(await self._store.read(lambda tx: tx.fetch(STATUSES[kind], text)))
+        for number, watch in enumerate(watches):
+            watch.hear(News(statuses.get(number, DELETED)))
+
     # --- the end -----------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Write what is left, and end every `follow`."""
+        """Write what is left, and end every `follow` and every watch."""
         self._closed = True
+        self._watches.close()
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -360,11 +438,6 @@ class PostgresEvents:
         await self._unwritten.close()
         for feed in list(self._feeds.values()):
             feed.wake(True)
-
-
-def _word(project: str, run_id: str) -> str:
-    """What the others are told."""
-    return f"{project}/{run_id}"
 
 
 def _logs(rows: list[SqlRow]) -> list[_Log]:

@@ -37,7 +37,7 @@ from afterglow.ids import new_id
 from afterglow.ingest.parse import Parsed
 from afterglow.ingest.states import move_file
 from afterglow.ingest.upkeep import settle, settle_all
-from afterglow.objects import FileError
+from afterglow.objects import FileError, FileStatus
 from afterglow.rows import files as stored_file_rows
 from afterglow.rows import vector_store_files as file_rows
 from afterglow.rows import vector_stores as store_rows
@@ -259,7 +259,7 @@ class Pipeline:
             job.project, file.vector_store_id, file.id, file.attributes, parsed.chunks, embeddings, text
         )
 
-        async def work(tx: Transaction) -> None:
+        async def work(tx: Transaction) -> list[str]:
             held = await file_rows.get_held_file(tx, job, self._id)
             if held is None:
                 raise LostLease
@@ -268,9 +268,14 @@ class Pipeline:
             move_file(held, "indexed", usage_bytes=usage_bytes)
             await file_rows.update_file(tx, job.project, held)
             await file_rows.set_embedding_model(tx, job.project, held, model)
-            await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
+            return await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
 
-        await self._house.store.write(work)
+        self._note(job, "completed", await self._house.store.write(work))
+
+    def _note(self, job: Job, status: FileStatus, batch_ids: list[str]) -> None:
+        """After the commit: tell who waits for the file, or for batches that are over with it."""
+        for key in (job.key, *batch_ids):
+            self._house.events.note(job.project, key, status if key == job.key else "")
 
     async def _embed(self, chunks: Sequence[Chunk]) -> list[bytes] | None:
         """The embeddings of chunks, or None when there is no server of them. Raises Later and Unreadable."""
@@ -295,17 +300,18 @@ class Pipeline:
     # --- other ends --------------------------------------------------------------------------------------------
 
     async def _fail(self, job: Job, message: str, code: str = "server_error") -> None:
-        async def work(tx: Transaction) -> list[Chore]:
+        async def work(tx: Transaction) -> tuple[list[Chore], list[str]]:
             held = await file_rows.get_held_file(tx, job, self._id)
             if held is None:
-                return []
+                return [], []
             move_file(held, "broke", error=FileError(code, message))
             await file_rows.update_file(tx, job.project, held)
-            await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
-            return await store_rows.insert_chores(tx, job.project, held.vector_store_id, [held.id])
+            over = await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
+            return await store_rows.insert_chores(tx, job.project, held.vector_store_id, [held.id]), over
 
-        chores = await self._until_stored(work)
+        chores, over = await self._until_stored(work)
         if chores:
+            self._note(job, "failed", over)
             self._house.metrics.files_ended.labels("failed").inc()
             level = logging.WARNING if code == "server_error" else logging.INFO  # a broken file is its owner's affair
             log.log(level, "File %s was not indexed: %s.", job.key, code)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from afterglow.contracts import Position, Segment, Transaction
+from typing import NamedTuple
+
+from afterglow.contracts import Position, Segment, Stop, Transaction
+
+
+class Kept(NamedTuple):
+    """What there is of a run's log: everything behind `start`, up to `end`. stop: of the last event, while it has its
+    text."""
+
+    start: Position
+    end: Position
+    stop: Stop
 
 
 async def insert_segment(tx: Transaction, project: str, run_id: str, segment: Segment, now: int) -> None:
@@ -46,6 +57,26 @@ async def get_last_position(tx: Transaction, project: str, run_id: str) -> Posit
         run_id,
     )
     return Position(*rows[0]) if rows else Position(0, 0)
+
+
+async def get_kept(tx: Transaction, project: str, run_id: str) -> Kept | None:
+    """None when there is nothing."""
+    oldest = await tx.fetch(
+        "SELECT attempt, first_seq FROM events WHERE project_id = $1 AND run_id = $2"
+        " ORDER BY attempt, first_seq LIMIT 1",
+        project,
+        run_id,
+    )
+    newest = await tx.fetch(
+        "SELECT attempt, last_seq, CASE WHEN LENGTH(data) > 0 THEN stop ELSE '' END FROM events"
+        " WHERE project_id = $1 AND run_id = $2 ORDER BY attempt DESC, first_seq DESC LIMIT 1",
+        project,
+        run_id,
+    )
+    if not oldest:
+        return None
+    [(attempt, first)], [(last_attempt, last, stop)] = oldest, newest
+    return Kept(Position(attempt, first - 1), Position(last_attempt, last), stop)
 
 
 async def delete_events_before(tx: Transaction, created_before: int, limit: int) -> int:

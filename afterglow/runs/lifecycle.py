@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import UNSET
 
-from afterglow.contracts import START, House, Position, Segment, Transaction
-from afterglow.errors import InvalidRequest, NotFound, ThreadBusy
+from afterglow.contracts import START, House, KnownRun, Position, Segment, Stop, Transaction
+from afterglow.errors import Gone, InvalidRequest, NotFound, ThreadBusy
 from afterglow.ids import new_id
 from afterglow.objects import (
     HELD_RUNS,
@@ -215,18 +215,13 @@ async def free_thread(tx: Transaction, house: House, project: str, thread_id: st
 # --- reading ---------------------------------------------------------------------------------------------------
 
 
-async def retrieve_run(house: House, project: str, thread_id: str, run_id: str) -> str:
-    """The run's JSON; one that is overdue is expired first."""
-
-    async def look(tx: Transaction) -> tuple[str, str, int]:
-        found = await run_rows.get_run_object(tx, project, thread_id, run_id)
-        if found is None:
-            raise await missing_run(tx, project, thread_id, run_id)
-        return found
-
-    text, status, deadline = await house.store.read(look)
-    if status not in ("queued", "requires_action") or house.clock.now() < deadline:
-        return text
+async def retrieve_run(house: House, project: str, thread_id: str, run_id: str) -> KnownRun:
+    """The run as it is; one that is overdue is expired first. Raises NotFound."""
+    known = house.run_memory.get(project, thread_id, run_id) if house.run_memory is not None else None
+    if known is None:
+        known = await _read_run(house, project, thread_id, run_id)
+    if known.status not in ("queued", "requires_action") or house.clock.now() < known.deadline:
+        return known
 
     async def expire(tx: Transaction) -> tuple[RunRow, Happened | None]:
         row = await _get_run(tx, project, thread_id, run_id)
@@ -234,7 +229,44 @@ async def retrieve_run(house: House, project: str, thread_id: str, run_id: str) 
 
     row, expired = await house.store.write(expire)
     tell(house, expired)
-    return msgspec.json.encode(row.run).decode()
+    return KnownRun(msgspec.json.encode(row.run).decode(), row.run.status, row.deadline)
+
+
+async def _read_run(house: House, project: str, thread_id: str, run_id: str) -> KnownRun:
+    async def look(tx: Transaction) -> KnownRun:
+        found = await run_rows.get_run_object(tx, project, thread_id, run_id)
+        if found is None:
+            raise await missing_run(tx, project, thread_id, run_id)
+        return KnownRun(*found)
+
+    if house.run_memory is None:
+        return await house.store.read(look)
+    mark, known = house.run_memory.reading(project, run_id), None
+    try:
+        known = await house.store.read(look)
+        return known
+    finally:
+        house.run_memory.keep(project, thread_id, run_id, mark, known)
+
+
+async def has_nothing_behind(
+    house: House, project: str, thread_id: str, run_id: str, after: Position, ends: Collection[Stop]
+) -> bool:
+    """Whether a stream of the run's events that goes on behind a place, and ends with `ends`, is over.
+
+    Raises NotFound, and Gone when events behind the place are no longer kept.
+    """
+    run = await retrieve_run(house, project, thread_id, run_id)
+
+    async def look(tx: Transaction) -> event_rows.Kept | None:
+        return await event_rows.get_kept(tx, project, run_id)
+
+    kept = await house.store.read(look)
+    if run.status in TERMINAL and (kept is None or kept.stop != "end" or after < kept.start):
+        raise Gone(
+            f"The events of run '{run_id}' are no longer kept. Read the run, its steps and the messages of its thread."
+        )
+    return kept is not None and after >= kept.end and kept.stop in ends
 
 
 # --- changing --------------------------------------------------------------------------------------------------
@@ -276,6 +308,8 @@ async def cancel_run(house: House, project: str, thread_id: str, run_id: str) ->
         tell(house, happened)
         raise InvalidRequest(f"Cannot cancel run with status '{run.status}'.")
     tell(house, happened)
+    if happened is None:  # the row alone was changed
+        house.events.note(project, run_id, run.status)
     house.queue.cancel(run_id)
     return run
 

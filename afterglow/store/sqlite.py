@@ -23,12 +23,19 @@ from afterglow.contracts import SqlRow, SqlValue, Work
 from afterglow.errors import ConfigError, StoreError, StoreFull, StoreUnavailable
 from afterglow.objects import learn_structs
 from afterglow.store.migrations import check_not_newer, migrations
+from afterglow.store.run_memory import LocalRunMemory
 
 T = TypeVar("T")
 MINIMUM_VERSION = (3, 35, 0)  # RETURNING
 READERS = 3
 GROUP_SIZE = 256
 BUSY_TIMEOUT_S = 5.0
+# What a run's row says is changed by statements that name these columns, wherever they are written.
+TELL_OF_RUNS = [
+    "CREATE TEMP TRIGGER run_updated AFTER UPDATE OF object, status ON main.runs"
+    " BEGIN SELECT changing(NEW.project_id, NEW.id); END",
+    "CREATE TEMP TRIGGER run_deleted AFTER DELETE ON main.runs BEGIN SELECT changing(OLD.project_id, OLD.id); END",
+]
 LULL_S = 0.3  # less than between two looks of an idle server for work
 
 log = logging.getLogger("afterglow.store")
@@ -68,8 +75,9 @@ class _Job:
 class SqliteStore:
     """A `contracts.Store` over one SQLite file."""
 
-    def __init__(self, path: Path, *, readers: int = READERS) -> None:
-        """path: the database file; made if missing, with the schema brought up to date.
+    def __init__(self, path: Path, *, readers: int = READERS, run_memory: LocalRunMemory | None = None) -> None:
+        """path: the database file; made if missing, with the schema brought up to date. run_memory: told of each run
+        that is changed through this store.
 
         Raises ConfigError when SQLite is too old, the file system cannot hold a WAL, or the schema is newer than
         this release; StoreUnavailable when the file cannot be opened.
@@ -77,12 +85,17 @@ class SqliteStore:
         learn_structs()
         self._path = path
         self._closed = False
+        self._run_memory = run_memory
         self._writes: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._reads: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         try:
             writer, *others = _open_all(path, 1 + readers)
         except sqlite3.Error as error:
             raise _translated(error, path) from error
+        if run_memory is not None:
+            writer.create_function("changing", 2, run_memory.changing)
+            for statement in TELL_OF_RUNS:
+                writer.execute(statement)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._threads = [threading.Thread(target=self._serve_writes, args=(writer,), name="sqlite-writer", daemon=True)]
         self._threads += [
@@ -135,6 +148,8 @@ class SqliteStore:
         while (first := self._next_write(connection)) is not None:
             group = [first]
             stop = self._commit_group(connection, group)
+            if self._run_memory is not None:
+                self._run_memory.changed()
             self._resolve(group)
             if stop:
                 break

@@ -98,6 +98,7 @@ async def test_from_queued_to_completed(start_server: ServerFactory, tmp_path: P
         go.set()
         await happened(server, first.id, "thread.run.completed")
         await until_asked(server, 2)
+        await happened(server, run.id, "thread.run.in_progress")
         running = await get(server, run)
         assert (running.status, running.started_at) == ("in_progress", created_at + 5)
         assert running.expires_at == created_at + 600

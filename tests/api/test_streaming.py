@@ -19,7 +19,6 @@ from afterglow.api.sse import EventStream
 from afterglow.contracts import START, EngineStatus, ModelEnd, Position, RefusalDelta, TextDelta, ToolCallDelta
 from afterglow.errors import ModelBroke
 from afterglow.objects import INCLUDE_FILE_SEARCH_CONTENT
-from afterglow.runs.lifecycle import Happened
 from afterglow.testing import SetClock, calls, ended, says
 from tests.api.streams import (
     HEADERS,
@@ -563,7 +562,7 @@ async def test_a_slow_reader_gets_no_more_than_its_stream(server: Server) -> Non
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    response = EventStream(server.house, Happened(PROJECT, run, START, None))  # type: ignore[arg-type]
+    response = EventStream(server.house, PROJECT, run.id, START)
     task = asyncio.create_task(response({}, receive, send))
     await begun.wait()
     run = await submit(server, await polled(server, run), {"get_weather": "rain"})

@@ -237,13 +237,13 @@ def test_an_upload_is_a_form():
 
 
 def test_streams_are_told_of():
-    """Exactly the routes whose body has `stream` may answer with events."""
+    """Exactly the routes whose body has `stream`, and that of a run's events, may answer with events."""
     streaming = {
         operation["operationId"]
         for operation in OPERATIONS.values()
         if "text/event-stream" in operation["responses"].get("200", {}).get("content", {})
     }
-    assert streaming == {"createRun", "createThreadAndRun", "submitToolOutputs"}
+    assert streaming == {"createRun", "createThreadAndRun", "submitToolOutputs", "followRunEvents"}
 
 
 def test_only_the_open_routes_need_no_key():
