@@ -46,6 +46,7 @@ from afterglow.rows.vector_stores import Chore
 from afterglow.search.ranking import pack_vector
 from afterglow.telemetry import log
 from afterglow.vector_stores import check_model
+from afterglow.webhooks import record_file
 
 T = TypeVar("T")
 POLL_S = 1.0  # how long a lost wake-up, or a job left by another worker, can go unnoticed
@@ -268,9 +269,10 @@ class Pipeline:
             move_file(held, "indexed", usage_bytes=usage_bytes)
             await file_rows.update_file(tx, job.project, held)
             await file_rows.set_embedding_model(tx, job.project, held, model)
-            await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
+            await record_file(tx, job.project, held, self._house.clock.now())
 
         await self._house.store.write(work)
+        self._house.webhook_queue.wake()
 
     async def _embed(self, chunks: Sequence[Chunk]) -> list[bytes] | None:
         """The embeddings of chunks, or None when there is no server of them. Raises Later and Unreadable."""
@@ -301,11 +303,12 @@ class Pipeline:
                 return []
             move_file(held, "broke", error=FileError(code, message))
             await file_rows.update_file(tx, job.project, held)
-            await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
+            await record_file(tx, job.project, held, self._house.clock.now())
             return await store_rows.insert_chores(tx, job.project, held.vector_store_id, [held.id])
 
         chores = await self._until_stored(work)
         if chores:
+            self._house.webhook_queue.wake()
             self._house.metrics.files_ended.labels("failed").inc()
             level = logging.WARNING if code == "server_error" else logging.INFO  # a broken file is its owner's affair
             log.log(level, "File %s was not indexed: %s.", job.key, code)

@@ -364,15 +364,25 @@ async def insert_batch(
         )
 
 
-async def end_in_batches(tx: Transaction, project: str, store_id: str, file_id: str, status: FileStatus) -> None:
-    """Tell the batches that wait for this file what became of it."""
-    await tx.execute(
+async def end_in_batches(tx: Transaction, project: str, store_id: str, file_id: str, status: FileStatus) -> list[str]:
+    """Tell the batches that wait for this file what became of it; return their ids."""
+    rows = await tx.fetch(
         "UPDATE batch_files SET status = $4"
-        " WHERE project_id = $1 AND store_id = $2 AND file_id = $3 AND status = 'in_progress'",
+        " WHERE project_id = $1 AND store_id = $2 AND file_id = $3 AND status = 'in_progress' RETURNING batch_id",
         project,
         store_id,
         file_id,
         status,
+    )
+    return [batch_id for (batch_id,) in rows]
+
+
+async def is_over(tx: Transaction, project: str, batch_id: str) -> bool:
+    """Whether a batch waits for no file any more."""
+    return not await tx.fetch(
+        "SELECT 1 FROM batch_files WHERE project_id = $1 AND batch_id = $2 AND status = 'in_progress' LIMIT 1",
+        project,
+        batch_id,
     )
 
 
