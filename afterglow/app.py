@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from afterglow.access import Access, check_exposure
-from afterglow.api import about, assistants, files, inspection, runs, threads, uploads, vector_stores
+from afterglow.api import about, assistants, files, inspection, runs, threads, uploads, vector_stores, webhooks
 from afterglow.api import models as models_api
 from afterglow.api.description import describe
 from afterglow.api.edge import METRICS_PATH, Edge
@@ -36,6 +36,7 @@ from afterglow.contracts import (
     Transaction,
 )
 from afterglow.declared import declare_assistants
+from afterglow.deliveries import Deliveries
 from afterglow.embeddings import EmbeddingServer
 from afterglow.errors import AfterglowError, ConfigError, NotFound, StoreError
 from afterglow.events.local import LocalEvents
@@ -51,6 +52,7 @@ from afterglow.rows.moves import unfinished_move
 from afterglow.rows.requests import mark_answered
 from afterglow.rows.runs import release_leases
 from afterglow.rows.vector_store_files import release_jobs
+from afterglow.rows.webhooks import release_deliveries
 from afterglow.runs.worker import Worker
 from afterglow.sandbox.choice import FirstOf
 from afterglow.sandbox.docker import DockerEngine
@@ -68,6 +70,7 @@ from afterglow.threads import gone_event
 
 Part = Literal["all", "api", "worker"]
 STORE = "/vector_stores/{vector_store_id}"
+ENDPOINT = "/webhook_endpoints/{endpoint_id}"
 # (method, path below /v1, what answers it)
 ROUTES = [
     ("POST", "/assistants", assistants.create_assistant),
@@ -123,6 +126,17 @@ ROUTES = [
     ("GET", f"{STORE}/file_batches/{{batch_id}}", vector_stores.retrieve_file_batch),
     ("POST", f"{STORE}/file_batches/{{batch_id}}/cancel", vector_stores.cancel_file_batch),
     ("GET", f"{STORE}/file_batches/{{batch_id}}/files", vector_stores.list_files_of_batch),
+    ("POST", "/webhook_endpoints", webhooks.create_webhook_endpoint),
+    ("GET", "/webhook_endpoints", webhooks.list_webhook_endpoints),
+    ("GET", ENDPOINT, webhooks.retrieve_webhook_endpoint),
+    ("POST", ENDPOINT, webhooks.modify_webhook_endpoint),
+    ("DELETE", ENDPOINT, webhooks.delete_webhook_endpoint),
+    ("POST", f"{ENDPOINT}/rotate_secret", webhooks.rotate_webhook_secret),
+    ("POST", f"{ENDPOINT}/test", webhooks.test_webhook_endpoint),
+    ("GET", f"{ENDPOINT}/deliveries", webhooks.list_webhook_deliveries),
+    ("GET", f"{ENDPOINT}/deliveries/{{delivery_id}}", webhooks.retrieve_webhook_delivery),
+    ("POST", f"{ENDPOINT}/deliveries/{{delivery_id}}/resend", webhooks.resend_webhook_delivery),
+    ("GET", "/webhook_event_types", webhooks.list_webhook_event_types),
     ("GET", "/models", models_api.list_models),
     ("GET", "/models/{model:path}", models_api.retrieve_model),
     ("DELETE", "/models/{model:path}", models_api.delete_model),
@@ -227,7 +241,7 @@ def build_traces(settings: Settings) -> Traces | None:
     return OtlpTraces(settings.trace_url)
 
 
-def build_mcp(settings: Settings) -> McpServers | None:
+def build_mcp(settings: Settings, outbound: GuardedClient) -> McpServers | None:
     """The MCP servers that may be asked, if the settings name or allow any. Raises ConfigError."""
     if not settings.mcp and not settings.mcp_server_urls:
         return None
@@ -235,7 +249,7 @@ def build_mcp(settings: Settings) -> McpServers | None:
         from afterglow.mcp_servers import McpSessions
     except ModuleNotFoundError:
         raise ConfigError("MCP servers need its client. Install it: pip install 'afterglow[mcp]'") from None
-    return McpSessions(settings)
+    return McpSessions(settings, outbound)
 
 
 def build_index(settings: Settings) -> SearchIndex:
@@ -317,6 +331,7 @@ class Application:
         self.house = house
         self.worker = worker
         self.pipeline = pipeline
+        self.deliveries = Deliveries(house)
         self._answered: list[tuple[str, str]] = []
         self._tasks: list[asyncio.Task[None]] = []
         router = Router(_routes(), redirect_slashes=False, default=_no_route)
@@ -340,6 +355,7 @@ class Application:
         if work:
             await self.worker.start()
             await self.pipeline.start()
+            await self.deliveries.start()
         self._tasks = [asyncio.create_task(self._mark_forever()), asyncio.create_task(self._note_folder_forever())]
 
     def _note_answered(self, project: str, request_id: str) -> None:
@@ -377,6 +393,7 @@ class Application:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.house.settings.drain_s):
                 await asyncio.gather(self.worker.drain(), self.pipeline.drain())
+                await self.deliveries.drain()  # also of what those have just ended
 
     async def end_streams(self) -> None:
         """Let go of everyone who waits, so that connections can be closed."""
@@ -385,6 +402,7 @@ class Application:
     async def close(self) -> None:
         await self.worker.close()
         await self.pipeline.close()
+        await self.deliveries.close()
         await self.house.code_engine.close()
         await self.house.events.close()
         for task in self._tasks:
@@ -503,7 +521,7 @@ async def _build(
         embedder=embedder,
         metrics=metrics,
         traces=build_traces(settings),
-        mcp=build_mcp(settings),
+        mcp=build_mcp(settings, outbound),
         run_memory=run_memory,
         **plugs,
     )
@@ -529,7 +547,13 @@ def _laptop(
     )
     opened.push_async_callback(events.close)
     events.start()
-    return {"events": events, "queue": LocalQueue(), "ingest_queue": LocalQueue(), "locks": LocalLocks()}
+    return {
+        "events": events,
+        "queue": LocalQueue(),
+        "ingest_queue": LocalQueue(),
+        "webhook_queue": LocalQueue(),
+        "locks": LocalLocks(),
+    }
 
 
 def _cluster(
@@ -556,6 +580,7 @@ def _cluster(
         "events": events,
         "queue": PostgresQueue(notifier, "runs"),
         "ingest_queue": PostgresQueue(notifier, "files"),
+        "webhook_queue": PostgresQueue(notifier, "webhooks"),
         "locks": locks,
     }
     for plug in (locks, notifier, events):
@@ -571,6 +596,7 @@ async def _take_over(house: House) -> None:
         log.warning("%d runs were in progress when the server last stopped; they go on now.", left)
     if left := await house.store.write(release_jobs):
         log.warning("%d files were being indexed when the server last stopped; they are indexed now.", left)
+    await house.store.write(release_deliveries)
     await sweep_blobs(house, math.inf)
     await tidy_files(house)  # a file whose deletion was begun is not there to be indexed
 

@@ -791,9 +791,10 @@ class House:
     """The plugs that `app.py` chose, handed to whoever needs them.
 
     ingest_queue: as `queue`, for files of vector stores; its `cancel` takes `vs_…/file-…`, or `vs_…` for all of a
-    store's. locks: whoever writes to the index of a store holds that of its id, see `ingest/upkeep.py`. embedder: None
-    searches words alone. metrics: what `/metrics` shows of this process. traces: None keeps none. mcp: None when no
-    MCP server may be asked. run_memory: only where no other process can change a run.
+    store's. webhook_queue: wakes who delivers webhooks. locks: whoever writes to the index of a store holds that of
+    its id, see `ingest/upkeep.py`. embedder: None searches words alone. metrics: what `/metrics` shows of this process.
+    traces: None keeps none. mcp: None when no MCP server may be asked. run_memory: only where no other process can
+    change a run.
     """
 
     settings: Settings
@@ -807,6 +808,7 @@ class House:
     blobs: Blobs
     code_engine: CodeEngine
     ingest_queue: RunQueue
+    webhook_queue: RunQueue
     index: SearchIndex
     locks: Locks
     embedder: Embedder | None = None

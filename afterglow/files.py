@@ -237,7 +237,7 @@ async def _let_go(tx: Transaction, files: list[tuple[str, str]], now: int) -> _L
                 await _take_from_thread(tx, project, holder_id, file_id)
             else:
                 await _take_from_assistant(tx, project, holder_id, file_id)
-        gone.chores.extend(await leave_stores(tx, project, file_id))
+        gone.chores.extend(await leave_stores(tx, project, file_id, now))
         for run_id in await forget_file(tx, project, file_id):
             await blank_run_events(tx, project, run_id)  # they may quote it
     return gone

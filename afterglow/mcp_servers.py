@@ -21,9 +21,10 @@ from mcp.client.stdio import stdio_client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CONNECTION_CLOSED, CallToolResult, TextContent, Tool
 
+from afterglow.addresses import target_of
 from afterglow.contracts import McpServer, McpTool
 from afterglow.errors import OutboundFailed
-from afterglow.outbound import checked_address
+from afterglow.outbound import WEB, GuardedClient
 from afterglow.settings import McpSettings, Settings
 
 CONNECT_S = 10.0
@@ -54,8 +55,10 @@ class _Listed(NamedTuple):
 class McpSessions:
     """A `contracts.McpServers`."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, outbound: GuardedClient) -> None:
+        """outbound: looks up where servers are, and checks it."""
         self._settings = settings
+        self._outbound = outbound
         self._sessions: dict[tuple[str, McpServer], _Session] = {}
         self._open: set[_Session] = set()  # also those that are about to be closed
         self._listed: dict[McpServer, _Listed] = {}
@@ -155,10 +158,10 @@ class McpSessions:
     def _transport(self, server: McpServer) -> AbstractAsyncContextManager[Any]:
         if server.url:
             said = McpSettings(server.label, url=server.url)
-            return _http(said, allow_private=self._settings.private_tools)
+            return _http(said, self._outbound, allow_private=self._settings.private_tools)
         said = self._settings.mcp[server.label]
         if said.url:
-            return _http(said, allow_private=True)
+            return _http(said, self._outbound, allow_private=True)
         program, *arguments = said.command
         return stdio_client(StdioServerParameters(command=program, args=arguments, env=dict(said.env)))
 
@@ -251,11 +254,11 @@ def _words(error: BaseException | None) -> str:
 
 
 @asynccontextmanager
-async def _http(said: McpSettings, *, allow_private: bool) -> AsyncGenerator[Any, None]:
+async def _http(said: McpSettings, outbound: GuardedClient, *, allow_private: bool) -> AsyncGenerator[Any, None]:
     async with AsyncExitStack() as opened:
         http = await opened.enter_async_context(
             httpx2.AsyncClient(
-                transport=_GuardedTransport(allow_private),
+                transport=_GuardedTransport(outbound, allow_private),
                 headers=dict(said.headers),
                 timeout=httpx2.Timeout(CONNECT_S, read=SILENCE_S),
                 follow_redirects=False,
@@ -268,23 +271,24 @@ async def _http(said: McpSettings, *, allow_private: bool) -> AsyncGenerator[Any
 class _GuardedTransport(httpx2.AsyncBaseTransport):
     """Connects to the very address that was checked, and takes no more than MAX_ANSWER_BYTES of JSON."""
 
-    def __init__(self, allow_private: bool) -> None:
+    def __init__(self, outbound: GuardedClient, allow_private: bool) -> None:
+        self._outbound = outbound
         self._allow_private = allow_private
         self._inner = httpx2.AsyncHTTPTransport()
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         url = request.url
         try:
-            port = url.port or (443 if url.scheme == "https" else 80)
-            address = await checked_address(url.host, port, self._allow_private)
+            target = target_of(str(url), schemes=WEB, allow_private=self._allow_private)
+            addresses = await self._outbound.addresses(target, self._allow_private)
         except (ValueError, OSError) as error:
             raise httpx2.ConnectError(str(error), request=request) from None
         sent = httpx2.Request(
             request.method,
-            url.copy_with(host=address),
+            url.copy_with(host=addresses[0]),
             headers=request.headers,
             stream=request.stream,
-            extensions={**request.extensions, "sni_hostname": url.host},
+            extensions={**request.extensions, "sni_hostname": target.host},
         )
         response = await self._inner.handle_async_request(sent)
         if response.headers.get("content-type", "").startswith("application/json"):

@@ -25,6 +25,7 @@ MAX_MODELS = 100
 BACKLOG_S = 1.0  # however many ask, the database is asked once in it
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 API_PREFIX = re.compile(r"^/(?:openai/v1|openai|v1)(?=/)")
+TRY_ENDS = ("delivered", "again", "failed")
 FILE_ENDS = ("indexed", "failed", "put_back")
 
 QUICK_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -52,6 +53,7 @@ class Metrics:
         self._count_runs()
         self._count_models_and_tools()
         self._count_files()
+        self._count_webhooks()
         self._count_http()
         Info("afterglow", "The version that runs.", registry=self.registry).info({"version": __version__})
         ProcessCollector(registry=self.registry)
@@ -99,6 +101,13 @@ class Metrics:
             self.files_ended.labels(outcome)
         self._chunks = self._counter("ingest_chunks", "Passages that were indexed here.")
         self._ingest = self._histogram("ingest_seconds", "Indexing a file, from its claim on.", LONG_S)
+
+    def _count_webhooks(self) -> None:
+        self.webhook_tries = self._counter(
+            "webhook_tries", "Tries to deliver a webhook from here, by what became of it.", "outcome"
+        )
+        for outcome in TRY_ENDS:
+            self.webhook_tries.labels(outcome)
 
     def _count_http(self) -> None:
         self._requests = self._counter("http_requests", "Requests answered.", "method", "route", "status")

@@ -8,7 +8,7 @@ as msgspec constraints; `api/faults.py` words a violation as the API does. Rows 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -846,6 +846,126 @@ class UploadPart(Struct, kw_only=True):
     object: str = "upload.part"
     created_at: int
     upload_id: str
+
+
+# --- webhooks --------------------------------------------------------------------------------------------------
+
+WebhookEventType = Literal[
+    "thread.run.requires_action",
+    "thread.run.completed",
+    "thread.run.incomplete",
+    "thread.run.failed",
+    "thread.run.cancelled",
+    "thread.run.expired",
+    "vector_store.file.completed",
+    "vector_store.file.failed",
+    "vector_store.file.cancelled",
+    "vector_store.file_batch.completed",
+    "vector_store.file_batch.cancelled",
+]
+WEBHOOK_EVENT_TYPES: tuple[WebhookEventType, ...] = get_args(WebhookEventType)
+WebhookUrl = Annotated[str, Meta(min_length=1, max_length=2048)]
+EventPatterns = Annotated[list[str], Meta(min_length=1, max_length=64)]
+EndpointName = Annotated[str, Meta(max_length=256)]
+EndpointStatus = Literal["enabled", "disabled"]
+DeliveryStatus = Literal["pending", "delivered", "failed", "cancelled"]
+
+
+class CreateWebhookEndpoint(Body):
+    """event_types: of WEBHOOK_EVENT_TYPES, or beginnings of them followed by `*`."""
+
+    url: WebhookUrl
+    event_types: EventPatterns
+    name: EndpointName = ""
+    metadata: Metadata | None = None
+    status: EndpointStatus = "enabled"
+
+
+class ModifyWebhookEndpoint(Body):
+    url: WebhookUrl | UnsetType = UNSET
+    event_types: EventPatterns | UnsetType = UNSET
+    name: EndpointName | UnsetType = UNSET
+    metadata: Metadata | UnsetType | None = UNSET
+    status: EndpointStatus | UnsetType = UNSET
+
+
+class RotateWebhookSecret(Body):
+    keep_old_secret_active_for_24_hours: bool = False
+
+
+class SendTestEvent(Body):
+    event_type: WebhookEventType = "thread.run.completed"
+
+
+class WebhookEndpoint(Struct, kw_only=True):
+    """disabled_reason: why it was disabled, when it was not its owner who did it."""
+
+    id: str
+    object: str = "webhook_endpoint"
+    created_at: int
+    updated_at: int
+    name: str
+    url: str
+    event_types: list[str]
+    signing_secret_hint: str
+    status: EndpointStatus = "enabled"
+    disabled_reason: str | None = None
+    metadata: dict[str, str] = {}
+
+
+class WebhookEndpointWithSecret(WebhookEndpoint, kw_only=True):
+    """Answered once, when the secret is made."""
+
+    signing_secret: str
+
+
+class WebhookEventTypes(Struct, kw_only=True):
+    object: str = "list"
+    data: list[str]
+
+
+class WebhookEvent(Struct, kw_only=True):
+    """What is sent. data: `id` and the facts that are told; never the text of a message."""
+
+    id: str
+    object: str = "event"
+    created_at: int
+    type: str
+    data: Json
+
+
+class WebhookTry(Struct, kw_only=True):
+    """status_code: None when there was no answer. error: None when it went well."""
+
+    at: int
+    duration_ms: int
+    status_code: int | None = None
+    error: str | None = None
+
+
+class WebhookDelivery(Struct, kw_only=True):
+    """event: None once what it told of was deleted."""
+
+    id: str
+    object: str = "webhook_endpoint.delivery"
+    created_at: int
+    webhook_endpoint_id: str
+    event_id: str
+    event_type: str
+    event: WebhookEvent | None
+    status: DeliveryStatus = "pending"
+    next_try_at: int | None = None
+    tries: list[WebhookTry] = []
+
+
+class WebhookTestResult(Struct, kw_only=True):
+    """success: an answer came; status_code says which."""
+
+    object: str = "webhook_endpoint.test"
+    webhook_endpoint_id: str
+    event_type: str
+    status_code: int
+    success: bool = True
 
 
 # --- the rest --------------------------------------------------------------------------------------------------

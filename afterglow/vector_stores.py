@@ -44,6 +44,7 @@ from afterglow.rows.requests import Origin, insert_request
 from afterglow.rows.vector_stores import Chore
 from afterglow.telemetry import log
 from afterglow.tools.file_search import merged
+from afterglow.webhooks import end_in_batches, record_batch, record_file
 
 AUTO = StaticChunking(StaticChunkSizes(max_chunk_size_tokens=800, chunk_overlap_tokens=400))
 ACTIVE_EVERY_S = 60  # a store that is searched all the time is not written all the time
@@ -270,28 +271,29 @@ async def detach_file(house: House, project: str, store_id: str, file_id: str) -
         store = await _store(tx, project, store_id, now)
         file = await _file(tx, project, store_id, file_id)
         await _touch(tx, project, store, now)
-        return await _leave_store(tx, project, file)
+        return await _leave_store(tx, project, file, now)
 
     await follow_up(house, await house.store.write(work))
 
 
-async def leave_stores(tx: Transaction, project: str, file_id: str) -> list[Chore]:
+async def leave_stores(tx: Transaction, project: str, file_id: str, now: float) -> list[Chore]:
     """Take a file that is being deleted out of all stores. The caller stops its jobs and settles the chores."""
     chores: list[Chore] = []
     for store_id in await file_rows.list_holders(tx, project, file_id):
-        chores += await _leave_store(tx, project, await _file(tx, project, store_id, file_id))
+        chores += await _leave_store(tx, project, await _file(tx, project, store_id, file_id), now)
     return chores
 
 
-async def _leave_store(tx: Transaction, project: str, file: VectorStoreFile) -> list[Chore]:
+async def _leave_store(tx: Transaction, project: str, file: VectorStoreFile, now: float) -> list[Chore]:
     await file_rows.delete_file(tx, project, file)
-    await file_rows.end_in_batches(tx, project, file.vector_store_id, file.id, "cancelled")
+    await end_in_batches(tx, project, file.vector_store_id, file.id, "cancelled", now)
     return await store_rows.insert_chores(tx, project, file.vector_store_id, [file.id])
 
 
 async def follow_up(house: House, chores: Sequence[Chore]) -> None:
     """After the commit: stop the jobs of files and stores that are gone, tell who waits for them, and let go of them in
     the index."""
+    house.webhook_queue.wake()
     for chore in chores:
         house.ingest_queue.cancel(f"{chore.store_id}/{chore.file_id}" if chore.file_id else chore.store_id)
     for project, store_id in {(chore.project, chore.store_id) for chore in chores}:
@@ -343,10 +345,13 @@ async def create_batch(
         batch_id = new_id("vsfb")
         await file_rows.insert_batch(tx, project, store_id, batch_id, files, int(now))
         await insert_request(tx, project, origin, batch_id, int(now))
-        return await _batch(tx, project, store_id, batch_id), chores
+        batch = await _batch(tx, project, store_id, batch_id)
+        await record_batch(tx, project, batch, house.clock.now())
+        return batch, chores
 
     batch, chores = await house.store.write(work)
     house.ingest_queue.wake()
+    house.webhook_queue.wake()
     await settle(house, chores)
     return batch
 
@@ -368,13 +373,17 @@ async def cancel_batch(house: House, project: str, store_id: str, batch_id: str)
         await _batch(tx, project, store_id, batch_id)
         await store_rows.touch_store(tx, project, store_id)  # two batches that wait for a file see each other's end
         file_ids = await file_rows.list_waited_for(tx, project, batch_id)
-        await file_rows.cancel_batch(tx, project, batch_id)
+        cancelled = await file_rows.cancel_batch(tx, project, batch_id)
         for file_id in file_ids:
             file = await _file(tx, project, store_id, file_id)
             move_file(file, "cancel_asked")
             await file_rows.update_file(tx, project, file)
+            await record_file(tx, project, file, house.clock.now())
         chores = await store_rows.insert_chores(tx, project, store_id, file_ids)
-        return await _batch(tx, project, store_id, batch_id), chores
+        batch = await _batch(tx, project, store_id, batch_id)
+        if cancelled:
+            await record_batch(tx, project, batch, house.clock.now())
+        return batch, chores
 
     batch, chores = await house.store.write(work)
     house.events.note(project, batch_id, batch.status)
@@ -579,7 +588,7 @@ async def expire_stores(house: House) -> None:
             for file in await file_rows.list_in_status(tx, project, store_id, "in_progress"):
                 move_file(file, "broke", error=EXPIRED_MEANWHILE)
                 await file_rows.update_file(tx, project, file)
-                await file_rows.end_in_batches(tx, project, store_id, file.id, file.status)
+                await record_file(tx, project, file, house.clock.now())
             await store_rows.mark_swept(tx, project, store_id)
             chores += await store_rows.insert_chores(tx, project, store_id)
         return chores

@@ -21,7 +21,8 @@ FLOORS: list[set[str]] = [
     {"serve", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
-    {"assistants", "threads", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}
+    {"assistants", "threads", "files", "uploads", "vector_stores", "webhooks", "deliveries"}
+    | {"inspection", "access", "tools.code_interpreter"}
     | {"ingest.pipeline", "ingest.upkeep"}
     | {
         "runs.lifecycle",
@@ -36,7 +37,8 @@ FLOORS: list[set[str]] = [
     },
     {"runs.closing", "runs.outputs", "runs.transcript", "runs.context", "runs.images", "tools", "files"},
     {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"} | INGEST,
-    {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "signing", "afterglow"},
+    {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "signing", "addresses"}
+    | {"afterglow"},
 ]
 # Implementations of contracts.py: they stand on the ground (and may run statements); only app.py and tests enter.
 WING = {"store", "traces", "events", "queue", "sandbox", "llm", "chat", "embeddings", "outbound", "testing"}
@@ -44,7 +46,8 @@ WING |= {"mcp_servers"}
 WING |= {"search.embedded", "search.stored", "search.columns", "search.pool", "search.tokens"}
 WING |= {"search.postgres", "search.postings", "search.sessions", "search.statements"}
 WING |= {"offline", "offline_code", "offline_search", "offline_tables", "offline_values"}
-WING_STANDS_ON = {"contracts", "objects", "errors", "settings", "telemetry", "ids", "rows", "signing", "afterglow"}
+WING_STANDS_ON = {"contracts", "objects", "errors", "settings", "telemetry", "ids", "rows", "signing"}
+WING_STANDS_ON |= {"addresses", "afterglow"}
 OFFLINE = {"offline_code", "offline_search", "offline_tables", "offline_values"}
 WING_NEIGHBOURS = {
     "llm": {"chat"},

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import __version__
-from afterglow.api import about, assistants, files, inspection, models, runs, threads, uploads, vector_stores
+from afterglow.api import about, assistants, files, inspection, models, runs, threads, uploads, vector_stores, webhooks
 from afterglow.api.edge import OPEN_PATHS
 from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
 from afterglow.inspection import Citation, SearchExplanation, VectorStoreChunk
@@ -36,6 +36,7 @@ from afterglow.objects import (
     CreateUpload,
     CreateVectorStore,
     CreateVectorStoreFile,
+    CreateWebhookEndpoint,
     Deleted,
     File,
     FileContentPage,
@@ -48,11 +49,14 @@ from afterglow.objects import (
     ModifyThread,
     ModifyVectorStore,
     ModifyVectorStoreFile,
+    ModifyWebhookEndpoint,
     ResponseFormat,
+    RotateWebhookSecret,
     Run,
     RunStep,
     SearchPage,
     SearchVectorStore,
+    SendTestEvent,
     SubmitToolOutputs,
     Thread,
     ToolChoice,
@@ -63,6 +67,11 @@ from afterglow.objects import (
     VectorStore,
     VectorStoreFile,
     VectorStoreFileBatch,
+    WebhookDelivery,
+    WebhookEndpoint,
+    WebhookEndpointWithSecret,
+    WebhookEventTypes,
+    WebhookTestResult,
 )
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -160,6 +169,17 @@ SHAPES: dict[Endpoint, Shape] = {
     vector_stores.retrieve_file_batch: Shape(answer=VectorStoreFileBatch, query=("wait", "status of batches")),
     vector_stores.cancel_file_batch: Shape(answer=VectorStoreFileBatch),
     vector_stores.list_files_of_batch: Shape(query=(*CURSOR, "filter"), list_of=VectorStoreFile),
+    webhooks.create_webhook_endpoint: Shape(CreateWebhookEndpoint, WebhookEndpointWithSecret),
+    webhooks.list_webhook_endpoints: Shape(query=CURSOR, list_of=WebhookEndpoint),
+    webhooks.retrieve_webhook_endpoint: Shape(answer=WebhookEndpoint),
+    webhooks.modify_webhook_endpoint: Shape(ModifyWebhookEndpoint, WebhookEndpoint),
+    webhooks.delete_webhook_endpoint: Shape(deleted="webhook_endpoint.deleted"),
+    webhooks.rotate_webhook_secret: Shape(RotateWebhookSecret, WebhookEndpointWithSecret, empty_ok=True),
+    webhooks.test_webhook_endpoint: Shape(SendTestEvent, WebhookTestResult, empty_ok=True),
+    webhooks.list_webhook_deliveries: Shape(query=(*CURSOR, "status of delivery"), list_of=WebhookDelivery),
+    webhooks.retrieve_webhook_delivery: Shape(answer=WebhookDelivery),
+    webhooks.resend_webhook_delivery: Shape(answer=WebhookDelivery),
+    webhooks.list_webhook_event_types: Shape(answer=WebhookEventTypes),
     inspection.list_chunks: Shape(query=("limit", "after"), list_of=VectorStoreChunk),
     inspection.explain_search: Shape(SearchVectorStore, SearchExplanation),
     inspection.list_citations: Shape(list_of=Citation),
@@ -204,6 +224,11 @@ QUERY: dict[str, Json] = {
     "run_id": {"schema": TEXT, "description": "Keep what this run wrote."},
     "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
     "filter": {"schema": {"enum": list(vector_stores.FILE_STATUSES)}, "description": "Keep the files of this status."},
+    "status of delivery": {
+        "name": "status",
+        "schema": {"enum": list(webhooks.DELIVERY_STATUSES)},
+        "description": "Keep the deliveries of this status.",
+    },
     "include[]": {"schema": {"type": "array", "items": {"enum": [INCLUDE_FILE_SEARCH_CONTENT]}}},
     "tool_timeout_s": {
         "schema": {"type": "number", "minimum": TOOL_TIMEOUT_S[0], "maximum": TOOL_TIMEOUT_S[1]},

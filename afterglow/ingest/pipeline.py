@@ -46,6 +46,7 @@ from afterglow.rows.vector_stores import Chore
 from afterglow.search.ranking import pack_vector
 from afterglow.telemetry import log
 from afterglow.vector_stores import check_model
+from afterglow.webhooks import record_file
 
 T = TypeVar("T")
 POLL_S = 1.0  # how long a lost wake-up, or a job left by another worker, can go unnoticed
@@ -268,7 +269,7 @@ class Pipeline:
             move_file(held, "indexed", usage_bytes=usage_bytes)
             await file_rows.update_file(tx, job.project, held)
             await file_rows.set_embedding_model(tx, job.project, held, model)
-            return await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
+            return await record_file(tx, job.project, held, self._house.clock.now())
 
         self._note(job, "completed", await self._house.store.write(work))
 
@@ -276,6 +277,7 @@ class Pipeline:
         """After the commit: tell who waits for the file, or for batches that are over with it."""
         for key in (job.key, *batch_ids):
             self._house.events.note(job.project, key, status if key == job.key else "")
+        self._house.webhook_queue.wake()
 
     async def _embed(self, chunks: Sequence[Chunk]) -> list[bytes] | None:
         """The embeddings of chunks, or None when there is no server of them. Raises Later and Unreadable."""
@@ -306,7 +308,7 @@ class Pipeline:
                 return [], []
             move_file(held, "broke", error=FileError(code, message))
             await file_rows.update_file(tx, job.project, held)
-            over = await file_rows.end_in_batches(tx, job.project, held.vector_store_id, held.id, held.status)
+            over = await record_file(tx, job.project, held, self._house.clock.now())
             return await store_rows.insert_chores(tx, job.project, held.vector_store_id, [held.id]), over
 
         chores, over = await self._until_stored(work)

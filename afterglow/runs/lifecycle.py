@@ -46,6 +46,7 @@ from afterglow.runs.states import TERMINAL, move_run
 from afterglow.runs.transcript import Event, Transcript, run_event, step_event, stop_of
 from afterglow.tools.function import stored_form
 from afterglow.tools.mcp import check_mcp_tools
+from afterglow.webhooks import record_run
 
 ROUNDS_REMEMBERED = 32  # newest steps among which outputs that come again are looked for
 NOTHING_NEW = Segment(0, 0, 0, b"")
@@ -54,12 +55,13 @@ STEP_ENDS = (b"completed", b"failed")
 
 class Happened(NamedTuple):
     """What a transaction did to a run, for those who wait. run: as the caller is to see it. since: the place in the
-    event log just before `segment`."""
+    event log just before `segment`. webhooks: somebody is to be told."""
 
     project: str
     run: Run
     since: Position
     segment: Segment
+    webhooks: bool = False
 
 
 def tell(house: House, happened: Happened | None) -> None:
@@ -68,6 +70,8 @@ def tell(house: House, happened: Happened | None) -> None:
         return
     house.events.announce(happened.project, happened.run.id, happened.segment)
     report.happened(house, happened.project, happened.run, happened.segment.attempt, happened.since)
+    if happened.webhooks:
+        house.webhook_queue.wake()
     if happened.run.status == "queued":
         house.queue.wake()
 
@@ -499,6 +503,7 @@ async def _write(tx: Transaction, house: House, row: RunRow, events: list[Event]
     segment = transcript.number(events, stop_of(row.run))
     await run_rows.update_run(tx, row)
     await event_rows.insert_segment(tx, row.project, row.run.id, segment, int(house.clock.now()))
+    webhooks = await record_run(tx, row.project, row.run, house.clock.now())
     return Happened(
-        row.project, msgspec.structs.replace(row.run), Position(segment.attempt, segment.first - 1), segment
+        row.project, msgspec.structs.replace(row.run), Position(segment.attempt, segment.first - 1), segment, webhooks
     )

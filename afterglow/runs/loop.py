@@ -91,6 +91,7 @@ from afterglow.tools.file_search import (
 from afterglow.tools.function import CALLED_OUT, FUNCTIONS, ToolKind, chat_tool_choice, offer
 from afterglow.tools.mcp import ListedServers, list_mcp_tools
 from afterglow.vector_stores import wait_for_thread_store
+from afterglow.webhooks import record_run
 
 T = TypeVar("T")
 STORE_RETRY_S = 1.0
@@ -813,7 +814,7 @@ class Execution:
         self._unwritten += self.house.events.take_unwritten(self.row.run.id)
         sequence = self._transcript.sequence
 
-        async def fenced(tx: Transaction) -> tuple[RunRow, Segment]:
+        async def fenced(tx: Transaction) -> tuple[RunRow, Segment, bool]:
             self._transcript.sequence = sequence  # it may be run again
             row = await run_rows.get_held_run(tx, self.row.project, self.row.run.id, self.row.attempt)
             if row is None:
@@ -826,11 +827,12 @@ class Execution:
                 await event_rows.blank_run_events(tx, row.project, row.run.id)
             for part in parts:
                 await event_rows.insert_segment(tx, row.project, row.run.id, part, int(self.house.clock.now()))
-            return row, segment
+            webhooks = await record_run(tx, row.project, row.run, self.house.clock.now())
+            return row, segment, webhooks
 
         while True:
             try:
-                self.row, segment = await self.house.store.write(fenced)
+                self.row, segment, webhooks = await self.house.store.write(fenced)
                 break
             except StoreError:
                 if self.house.clock.now() > self.row.deadline:
@@ -838,6 +840,8 @@ class Execution:
                 await asyncio.sleep(STORE_RETRY_S)
         self._unwritten = []
         self._announce(*[segment] if segment.data else [])
+        if webhooks:
+            self.house.webhook_queue.wake()
         if self.row.run.status in TERMINAL:
             report.ended(self.house, self.row.project, self.row.run, self.row.attempt)
 

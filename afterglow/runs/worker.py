@@ -40,6 +40,7 @@ from afterglow.telemetry import log
 from afterglow.tools.code_interpreter import CodeInterpreter
 from afterglow.uploads import tidy_uploads
 from afterglow.vector_stores import expire_stores
+from afterglow.webhooks import tidy_deliveries
 
 CLAIM_LIMIT = 64
 POLL_S = 1.0  # how long a lost wake-up, or a run left by another worker, can go unnoticed
@@ -243,6 +244,7 @@ class Worker:
         await tidy_files(self._house)
         await tidy_uploads(self._house)
         await expire_stores(self._house)
+        await tidy_deliveries(self._house)
 
 
 async def claim_next(

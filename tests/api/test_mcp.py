@@ -18,6 +18,7 @@ import pytest
 from afterglow.contracts import McpServer, McpTool
 from afterglow.errors import ConfigError, OutboundFailed
 from afterglow.mcp_servers import McpSessions
+from afterglow.outbound import GuardedClient
 from afterglow.settings import McpSettings, Settings, load
 from afterglow.testing import calls, says
 from afterglow.tools.function import offer
@@ -46,7 +47,9 @@ async def let() -> AsyncGenerator[Callable[..., McpSessions], None]:
             server: Server | None = None, /, *, urls: bool = False, private: bool = True, **mcp: Any
         ) -> McpSessions:
             settings = server.house.settings if server else Settings()
-            sessions = McpSessions(dataclasses.replace(settings, mcp=mcp, mcp_server_urls=urls, private_tools=private))
+            sessions = McpSessions(
+                dataclasses.replace(settings, mcp=mcp, mcp_server_urls=urls, private_tools=private), GuardedClient()
+            )
             opened.push_async_callback(sessions.close)
             if server:
                 server.house.mcp = sessions
@@ -236,7 +239,7 @@ async def test_a_callers_url_is_guarded(url: str, let: Callable[..., McpSessions
     sessions = let(urls=True, private=False)
     with pytest.raises(OutboundFailed, match="https://"):
         await sessions.list_tools("a", McpServer("x", url))
-    with pytest.raises(OutboundFailed, match="at a private address"):
+    with pytest.raises(OutboundFailed, match="is a private address"):
         await sessions.list_tools("a", McpServer("x", url.replace("http:", "https:")))
     assert await let(urls=True).list_tools("a", McpServer("x", url))
 

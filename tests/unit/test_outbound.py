@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 from afterglow import outbound
+from afterglow.addresses import is_public
 from afterglow.errors import ImageUnavailable
-from afterglow.outbound import GuardedClient, GuardedFetcher, is_public
+from afterglow.outbound import GuardedClient, GuardedFetcher
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 32
 PAGE = "HTTP/1.1 {status} Fine\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n{more}\r\n"
