@@ -274,6 +274,11 @@ class ChatModels(Protocol):
         """What is known of `model` (a caller's name). Asks its server once and remembers; never raises."""
         ...
 
+    def names(self, model: str) -> list[str]:
+        """`model`, and the other names by which the operator may speak of what answers for it: the target of an alias,
+        `UPSTREAM/model`, and the server's own. They are known once `info` was asked for the model."""
+        ...
+
     def learn_window(self, model: str, window_tokens: int) -> None:
         """Remember a limit that an upstream named when it refused a prompt."""
         ...

@@ -28,6 +28,7 @@ FLOORS: list[set[str]] = [
         "runs.report",
         "runs.loop",
         "runs.turn",
+        "runs.budgets",
         "runs.interrupt",
         "runs.prompt",
         "runs.images",
@@ -35,7 +36,7 @@ FLOORS: list[set[str]] = [
     },
     {"runs.closing", "runs.transcript", "runs.context", "runs.images", "tools", "files"},
     {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"} | INGEST,
-    {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "signing", "afterglow"},
+    {"contracts", "objects", "errors", "settings", "prices", "telemetry", "metrics", "ids", "signing", "afterglow"},
 ]
 # Implementations of contracts.py: they stand on the ground (and may run statements); only app.py and tests enter.
 WING = {"store", "traces", "events", "queue", "sandbox", "llm", "chat", "embeddings", "outbound", "testing"}

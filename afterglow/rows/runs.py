@@ -13,6 +13,7 @@ class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What caller or assistant set, which the object shows only mixed with defaults.
 
     include: the request's `include[]`. tool_choice and parallel_tool_calls as given; None means unset.
+    max_total_tokens, max_cost: what the run may take of the model, prompts and answers together.
     """
 
     temperature: float | None = None
@@ -22,6 +23,8 @@ class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
     tool_choice: object = None
     parallel_tool_calls: bool | None = None
     include: list[str] = []
+    max_total_tokens: int | None = None
+    max_cost: float | None = None
 
 
 class RunRow(msgspec.Struct, kw_only=True):
