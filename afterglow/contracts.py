@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from afterglow.calibration import Calibration
 from afterglow.metrics import Metrics
 from afterglow.objects import AttributeValue, Filter, Usage
 from afterglow.settings import Settings
@@ -688,6 +689,7 @@ class House:
     ingest_queue: as `queue`, for files of vector stores; its `cancel` takes `vs_…/file-…`, or `vs_…` for all of a
     store's. locks: whoever writes to the index of a store holds that of its id, see `ingest/upkeep.py`. embedder: None
     searches words alone. metrics: what `/metrics` shows of this process. traces: None keeps none.
+    calibration: of what runs of this process estimate.
     """
 
     settings: Settings
@@ -706,6 +708,7 @@ class House:
     embedder: Embedder | None = None
     metrics: Metrics = field(default_factory=Metrics)
     traces: Traces | None = None
+    calibration: Calibration = field(default_factory=Calibration)
 
     def why_off(self, kind: str) -> str | None:
         """Why a server-side tool cannot be had, in words for the model and the operator; None when it can, or when

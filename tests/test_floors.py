@@ -21,7 +21,18 @@ FLOORS: list[set[str]] = [
     {"serve", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
-    {"assistants", "threads", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}
+    {
+        "assistants",
+        "threads",
+        "bills",
+        "dry_run",
+        "files",
+        "uploads",
+        "vector_stores",
+        "inspection",
+        "access",
+        "tools.code_interpreter",
+    }
     | {"ingest.pipeline", "ingest.upkeep"}
     | {
         "runs.lifecycle",
@@ -29,6 +40,8 @@ FLOORS: list[set[str]] = [
         "runs.loop",
         "runs.turn",
         "runs.budgets",
+        "runs.ledger",
+        "runs.past_prompt",
         "runs.interrupt",
         "runs.prompt",
         "runs.images",
@@ -36,7 +49,19 @@ FLOORS: list[set[str]] = [
     },
     {"runs.closing", "runs.transcript", "runs.context", "runs.images", "tools", "files"},
     {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"} | INGEST,
-    {"contracts", "objects", "errors", "settings", "prices", "telemetry", "metrics", "ids", "signing", "afterglow"},
+    {
+        "contracts",
+        "objects",
+        "errors",
+        "settings",
+        "prices",
+        "calibration",
+        "telemetry",
+        "metrics",
+        "ids",
+        "signing",
+        "afterglow",
+    },
 ]
 # Implementations of contracts.py: they stand on the ground (and may run statements); only app.py and tests enter.
 WING = {"store", "traces", "events", "queue", "sandbox", "llm", "chat", "embeddings", "outbound", "testing"}

@@ -9,10 +9,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
+from afterglow.api.bills import is_dry_run, read_limits
 from afterglow.api.bodies import parse
 from afterglow.api.pages import read_include
 from afterglow.api.sse import EventStream
 from afterglow.contracts import Transaction
+from afterglow.dry_run import dry_run, dry_thread_and_run
 from afterglow.errors import NotFound
 from afterglow.objects import CreateRun, CreateThreadAndRun, ModifyRun, SubmitToolOutputs
 from afterglow.rows import runs as run_rows
@@ -25,9 +27,14 @@ from afterglow.threads import start_run, start_thread_and_run
 
 
 async def create_run(request: Request) -> Response:
-    """POST /threads/{thread_id}/runs. With `stream`, answers with the run's event log as it grows."""
+    """POST /threads/{thread_id}/runs. With `stream`, answers with the run's event log as it grows. With `dry_run`,
+    nothing is done, and the answer tells what would be."""
     body = await parse(request, CreateRun)
     include = read_include(request)
+    limits = read_limits(request)
+    if is_dry_run(request):
+        where = house_of(request), project_of(request), request.path_params["thread_id"]
+        return reply(await dry_run(*where, body, include, limits))
     happened = await start_run(
         house_of(request),
         project_of(request),
@@ -35,16 +42,20 @@ async def create_run(request: Request) -> Response:
         body,
         include,
         await origin_of(request),
+        limits,
     )
     return EventStream(house_of(request), happened) if body.stream else reply(happened.run)
 
 
 async def create_thread_and_run(request: Request) -> Response:
-    """POST /threads/runs. A stream begins with the thread."""
+    """POST /threads/runs. A stream begins with the thread. `dry_run` as for a run."""
     body = await parse(request, CreateThreadAndRun)
     include = read_include(request)
+    limits = read_limits(request)
+    if is_dry_run(request):
+        return reply(await dry_thread_and_run(house_of(request), project_of(request), body, include, limits))
     thread, happened = await start_thread_and_run(
-        house_of(request), project_of(request), body, include, await origin_of(request)
+        house_of(request), project_of(request), body, include, await origin_of(request), limits
     )
     if not body.stream:
         return reply(happened.run)

@@ -1,8 +1,8 @@
 """Whether a run may call its model once more, or a budget would be passed by that: of the run, or of its project.
 
-Checked just before each call, with the call's estimated prompt on top of what is spent. What the answer will take is not
-known then: a budget is passed by the answers of the calls that are at work at most. Calls of this process count from
-their start (`Budgets`), those of other processes from their end.
+Checked just before each call, with the call's estimated prompt on top of what is spent. What the answer will take is
+not known then: a budget is passed by the answers of the calls that are at work at most. Calls of this process count
+from their start (`Budgets`), those of other processes from their end.
 """
 
 from __future__ import annotations

@@ -316,31 +316,6 @@ def completion_reserve(window_tokens: int, max_completion_tokens: int | None, ma
     return min(wanted, window_tokens // 4)
 
 
-class Calibration:
-    """How far our estimates are off, per model: reported tokens ÷ estimated tokens, smoothed."""
-
-    WEIGHT = 0.3
-    LOWEST, HIGHEST = 0.5, 3.0
-
-    def __init__(self) -> None:
-        self._factors: dict[str, float] = {}
-
-    def factor(self, model: str) -> float:
-        return self._factors.get(model, 1.0)
-
-    def overflowed(self, model: str) -> None:
-        """The server found a prompt too long that we thought would fit."""
-        self._factors[model] = min(self.factor(model) * 1.5, self.HIGHEST)
-
-    def learn(self, model: str, estimated: int, reported: int) -> None:
-        """estimated: uncalibrated. A short prompt teaches nothing: fixed overheads outweigh it."""
-        if estimated < 200 or reported <= 0:
-            return
-        seen = min(max(reported / estimated, self.LOWEST), self.HIGHEST)
-        old = self._factors.get(model)
-        self._factors[model] = seen if old is None else old + self.WEIGHT * (seen - old)
-
-
 def fixed_tokens(instructions: str, tools: list[Json], response_format: Any) -> dict[str, int]:
     """Estimated size of what is sent besides history, per part; uncalibrated."""
     return {

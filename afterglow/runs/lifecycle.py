@@ -65,8 +65,23 @@ def tell(house: House, happened: Happened | None) -> None:
 # --- creating --------------------------------------------------------------------------------------------------
 
 
+class RunLimits(NamedTuple):
+    """What the run may take of the model, prompts and answers together; money in the operator's currency."""
+
+    max_total_tokens: int | None = None
+    max_cost: float | None = None
+
+
+NO_LIMITS = RunLimits()
+
+
 def new_run(
-    house: House, thread_id: str, row: AssistantRow, body: CreateRun | CreateThreadAndRun, include: list[str]
+    house: House,
+    thread_id: str,
+    row: AssistantRow,
+    body: CreateRun | CreateThreadAndRun,
+    include: list[str],
+    limits: RunLimits = NO_LIMITS,
 ) -> tuple[Run, RunAsked]:
     """The run that `body` asks of an assistant: each value is the body's, else the assistant's, else the default."""
     assistant = row.assistant
@@ -79,6 +94,8 @@ def new_run(
         tool_choice=plain(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
         include=include,
+        max_total_tokens=limits.max_total_tokens,
+        max_cost=limits.max_cost,
     )
     run = Run(
         id=new_id("run"),
@@ -146,12 +163,13 @@ async def insert_run(
     body: CreateRun | CreateThreadAndRun,
     include: list[str],
     tool_resources: dict[str, Any] | None = None,
+    limits: RunLimits = NO_LIMITS,
 ) -> Happened:
     """Queue a run on a thread that is known to be free."""
     assistant = await get_assistant(tx, project, body.assistant_id)
     if assistant is None:
         raise _no_assistant(body.assistant_id)
-    run, asked = new_run(house, thread_id, assistant, body, include)
+    run, asked = new_run(house, thread_id, assistant, body, include, limits)
     run.tool_resources = tool_resources or {}
     place = await thread_rows.take_place(tx, project, thread_id, run.created_at)
     assert place is not None

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from afterglow.calibration import Calibration
 from afterglow.contracts import (
     ChatRequest,
     Delta,
@@ -67,7 +68,7 @@ from afterglow.rows.threads import Place
 from afterglow.runs import report
 from afterglow.runs.budgets import Budgets, NextCall
 from afterglow.runs.closing import InHand, close_open_steps, close_step
-from afterglow.runs.context import Calibration, estimate_tokens
+from afterglow.runs.context import estimate_tokens
 from afterglow.runs.images import inline_stored_images
 from afterglow.runs.interrupt import Interrupt, Interrupted
 from afterglow.runs.prompt import (

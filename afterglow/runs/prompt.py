@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from afterglow.calibration import Calibration
 from afterglow.contracts import ChatRequest, ModelInfo, Transaction
 from afterglow.objects import Json
 from afterglow.rows.messages import list_messages_before
@@ -18,7 +19,6 @@ from afterglow.rows.steps import list_calls_before
 from afterglow.rows.threads import get_last_seq
 from afterglow.runs.context import (
     NEWEST,
-    Calibration,
     Cut,
     Place,
     Turn,

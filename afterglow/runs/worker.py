@@ -31,7 +31,6 @@ from afterglow.rows.runs import RunRow
 from afterglow.runs import report
 from afterglow.runs.budgets import Budgets
 from afterglow.runs.closing import leave_behind_open_steps
-from afterglow.runs.context import Calibration
 from afterglow.runs.interrupt import Why
 from afterglow.runs.lifecycle import expire_overdue
 from afterglow.runs.loop import Execution
@@ -66,7 +65,6 @@ class Worker:
     def __init__(self, house: House) -> None:
         self._house = house
         self._id = new_id("worker")
-        self._calibration = Calibration()
         self._budgets = Budgets(house)
         self._interpreter = CodeInterpreter(house, self._id)
         self._executions: dict[str, Execution] = {}
@@ -142,7 +140,7 @@ class Worker:
                 self._house,
                 claim.row,
                 claim.transcript,
-                self._calibration,
+                self._house.calibration,
                 claim.started,
                 task,
                 self._interpreter,
