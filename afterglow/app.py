@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from afterglow.access import Access, check_exposure
-from afterglow.api import about, assistants, files, inspection, runs, threads, uploads, vector_stores, webhooks
+from afterglow.api import about, assistants, bills, files, inspection, runs, threads, uploads, vector_stores, webhooks
 from afterglow.api import models as models_api
 from afterglow.api.description import describe
 from afterglow.api.edge import METRICS_PATH, Edge
@@ -99,6 +99,11 @@ ROUTES = [
     ("POST", "/threads/{thread_id}/runs/{run_id}/submit_tool_outputs", runs.submit_tool_outputs),
     ("GET", "/threads/{thread_id}/runs/{run_id}/steps", runs.list_run_steps),
     ("GET", "/threads/{thread_id}/runs/{run_id}/steps/{step_id}", runs.retrieve_run_step),
+    ("GET", "/threads/{thread_id}/runs/{run_id}/ledger", bills.retrieve_run_ledger),
+    ("GET", "/threads/{thread_id}/runs/{run_id}/steps/{step_id}/ledger", bills.retrieve_run_step_ledger),
+    ("GET", "/threads/{thread_id}/runs/{run_id}/steps/{step_id}/prompt", bills.retrieve_run_step_prompt),
+    ("GET", "/costs", bills.list_costs),
+    ("GET", "/organization/costs", bills.list_organization_costs),
     ("POST", "/files", files.create_file),
     ("GET", "/files", files.list_files),
     ("GET", "/files/{file_id}", files.retrieve_file),

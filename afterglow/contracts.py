@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from afterglow.calibration import Calibration
 from afterglow.metrics import Metrics
 from afterglow.objects import AttributeValue, Filter, Usage
 from afterglow.settings import Settings
@@ -344,6 +345,11 @@ class ChatModels(Protocol):
 
     async def info(self, model: str) -> ModelInfo:
         """What is known of `model` (a caller's name). Asks its server once and remembers; never raises."""
+        ...
+
+    def names(self, model: str) -> list[str]:
+        """`model`, and the other names by which the operator may speak of what answers for it: the target of an alias,
+        `UPSTREAM/model`, and the server's own. They are known once `info` was asked for the model."""
         ...
 
     def learn_window(self, model: str, window_tokens: int) -> None:
@@ -794,7 +800,7 @@ class House:
     store's. webhook_queue: wakes who delivers webhooks. locks: whoever writes to the index of a store holds that of
     its id, see `ingest/upkeep.py`. embedder: None searches words alone. metrics: what `/metrics` shows of this process.
     traces: None keeps none. mcp: None when no MCP server may be asked. run_memory: only where no other process can
-    change a run.
+    change a run. calibration: of what runs of this process estimate.
     """
 
     settings: Settings
@@ -816,6 +822,7 @@ class House:
     traces: Traces | None = None
     mcp: McpServers | None = None
     run_memory: RunMemory | None = None
+    calibration: Calibration = field(default_factory=Calibration)
 
     def why_off(self, kind: str) -> str | None:
         """Why a server-side tool cannot be had, in words for the model and the operator; None when it can, or when

@@ -226,6 +226,12 @@ class Models:
                 route.model,
             )
 
+    def names(self, model: str) -> list[str]:
+        if self._alone:
+            return [model, OFFLINE]
+        server, own = self._choose(model)
+        return list(dict.fromkeys([model, self._target(model), f"{server.upstream.name}/{own}", own]))
+
     def learn_window(self, model: str, window_tokens: int) -> None:
         if not self._alone:
             self._learned[self._choose(model)] = window_tokens

@@ -98,6 +98,9 @@ class ScriptedModels:
     async def info(self, model: str) -> ModelInfo:
         return self.info_of_all
 
+    def names(self, model: str) -> list[str]:
+        return [model]
+
     def learn_window(self, model: str, window_tokens: int) -> None:
         self.info_of_all = ModelInfo(window_tokens=window_tokens, learned="server")
 

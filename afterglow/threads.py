@@ -38,7 +38,7 @@ from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.requests import Origin, insert_request
-from afterglow.runs.lifecycle import Happened, expire_if_due, free_thread, insert_run, tell
+from afterglow.runs.lifecycle import Happened, RunQuery, expire_if_due, free_thread, insert_run, tell
 from afterglow.runs.transcript import error_event
 from afterglow.vector_stores import attach_to_thread, check_stores, insert_store_of
 
@@ -129,10 +129,8 @@ async def start_run(
     project: str,
     thread_id: str,
     body: CreateRun,
-    include: list[str],
+    query: RunQuery,
     origin: Origin,
-    *,
-    tool_timeout_s: float | None = None,
 ) -> Happened:
     """Put a run on a thread, after the additional messages. One transaction over row, messages and events.
 
@@ -141,9 +139,7 @@ async def start_run(
     now = int(house.clock.now())
 
     async def work(tx: Transaction) -> tuple[Happened | None, Happened]:
-        expired = await free_thread(tx, house, project, thread_id)
-        await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
-        happened = await insert_run(tx, house, project, thread_id, body, include, tool_timeout_s=tool_timeout_s)
+        expired, happened = await insert_run_on_thread(tx, house, project, thread_id, body, query)
         await insert_request(tx, project, origin, happened.run.id, now)
         return expired, happened
 
@@ -154,23 +150,44 @@ async def start_run(
     return happened
 
 
+async def insert_run_on_thread(
+    tx: Transaction,
+    house: House,
+    project: str,
+    thread_id: str,
+    body: CreateRun,
+    query: RunQuery,
+) -> tuple[Happened | None, Happened]:
+    """What is written of a new run: an overdue one that it replaces is expired. Raises NotFound or ThreadBusy."""
+    expired = await free_thread(tx, house, project, thread_id)
+    now = int(house.clock.now())
+    await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
+    return expired, await insert_run(tx, house, project, thread_id, body, query)
+
+
+async def insert_thread_and_run(
+    tx: Transaction,
+    house: House,
+    project: str,
+    body: CreateThreadAndRun,
+    query: RunQuery,
+) -> tuple[Thread, Happened]:
+    thread = await insert_thread(tx, house, project, body.thread or CreateThread())
+    resources = await checked_resources(tx, house, project, body.tool_resources)
+    return thread, await insert_run(tx, house, project, thread.id, body, query, resources)
+
+
 async def start_thread_and_run(
     house: House,
     project: str,
     body: CreateThreadAndRun,
-    include: list[str],
+    query: RunQuery,
     origin: Origin,
-    *,
-    tool_timeout_s: float | None = None,
 ) -> tuple[Thread, Happened]:
     """Make a thread and put a run on it, in one transaction."""
 
     async def work(tx: Transaction) -> tuple[Thread, Happened]:
-        thread = await insert_thread(tx, house, project, body.thread or CreateThread())
-        resources = await checked_resources(tx, house, project, body.tool_resources)
-        happened = await insert_run(
-            tx, house, project, thread.id, body, include, resources, tool_timeout_s=tool_timeout_s
-        )
+        thread, happened = await insert_thread_and_run(tx, house, project, body, query)
         await insert_request(tx, project, origin, happened.run.id, happened.run.created_at)
         return thread, happened
 

@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"serve", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
-    {"assistants", "threads", "files", "uploads", "vector_stores", "webhooks", "deliveries"}
+    {"assistants", "threads", "files", "uploads", "vector_stores", "webhooks", "deliveries", "bills", "dry_run"}
     | {"inspection", "access", "tools.code_interpreter"}
     | {"ingest.pipeline", "ingest.upkeep"}
     | {
@@ -30,6 +30,9 @@ FLOORS: list[set[str]] = [
         "runs.loop",
         "runs.calling",
         "runs.turn",
+        "runs.budgets",
+        "runs.ledger",
+        "runs.past_prompt",
         "runs.interrupt",
         "runs.prompt",
         "runs.images",
@@ -38,7 +41,7 @@ FLOORS: list[set[str]] = [
     {"runs.closing", "runs.outputs", "runs.transcript", "runs.context", "runs.images", "tools", "files"},
     {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"} | INGEST,
     {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "signing", "addresses"}
-    | {"afterglow"},
+    | {"prices", "calibration", "afterglow"},
 ]
 # Implementations of contracts.py: they stand on the ground (and may run statements); only app.py and tests enter.
 WING = {"store", "traces", "events", "queue", "sandbox", "llm", "chat", "embeddings", "outbound", "testing"}

@@ -15,9 +15,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import __version__
-from afterglow.api import about, assistants, files, inspection, models, runs, threads, uploads, vector_stores, webhooks
+from afterglow.api import (
+    about,
+    assistants,
+    bills,
+    files,
+    inspection,
+    models,
+    runs,
+    threads,
+    uploads,
+    vector_stores,
+    webhooks,
+)
 from afterglow.api.edge import OPEN_PATHS
 from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
+from afterglow.bills import CostsPage
 from afterglow.inspection import Citation, SearchExplanation, VectorStoreChunk
 from afterglow.objects import (
     INCLUDE_FILE_SEARCH_CONTENT,
@@ -73,6 +86,9 @@ from afterglow.objects import (
     WebhookEventTypes,
     WebhookTestResult,
 )
+from afterglow.rows.spend import GROUPS, METADATA
+from afterglow.runs.ledger import Ledger
+from afterglow.runs.past_prompt import StepPrompt
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 REF = "#/components/schemas/{name}"
@@ -99,8 +115,11 @@ class Shape(NamedTuple):
     empty_ok: bool = False
 
 
+SECONDS: Json = {"type": "integer", "minimum": 0, "maximum": bills.LATEST}
 CURSOR = ("limit", "order", "after", "before")
 INCLUDE = ("include[]",)
+LIMITS = ("max_total_tokens", "max_cost", "dry_run")
+COSTS = ("group_by", "start_time", "end_time", "bucket_width", "limit of costs", "page", "format")
 UPLOAD: Json = {
     "type": "object",
     "properties": {
@@ -134,8 +153,8 @@ SHAPES: dict[Endpoint, Shape] = {
     threads.retrieve_message: Shape(answer=Message),
     threads.modify_message: Shape(ModifyMessage, Message),
     threads.delete_message: Shape(deleted="thread.message.deleted"),
-    runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, (*INCLUDE, "tool_timeout_s")),
-    runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "tool_timeout_s")),
+    runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, (*INCLUDE, "tool_timeout_s", *LIMITS)),
+    runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "tool_timeout_s", *LIMITS)),
     runs.list_runs: Shape(query=CURSOR, list_of=Run),
     runs.retrieve_run: Shape(answer=Run, query=("wait", "status of runs")),
     runs.follow_run_events: Shape(events=True, query=("after event", "until")),
@@ -144,6 +163,11 @@ SHAPES: dict[Endpoint, Shape] = {
     runs.submit_tool_outputs: Shape(SubmitToolOutputs, Run),
     runs.list_run_steps: Shape(query=CURSOR + INCLUDE, list_of=RunStep),
     runs.retrieve_run_step: Shape(answer=RunStep, query=INCLUDE),
+    bills.retrieve_run_ledger: Shape(answer=Ledger),
+    bills.retrieve_run_step_ledger: Shape(answer=Ledger),
+    bills.retrieve_run_step_prompt: Shape(answer=StepPrompt, query=("limit", "after")),
+    bills.list_costs: Shape(answer=CostsPage, query=COSTS),
+    bills.list_organization_costs: Shape(answer=CostsPage, query=COSTS),
     files.create_file: Shape(form=UPLOAD, answer=File),
     files.list_files: Shape(query=("purpose", "limit of files", "order", "after"), list_of=File),
     files.retrieve_file: Shape(answer=File),
@@ -234,6 +258,28 @@ QUERY: dict[str, Json] = {
         "schema": {"type": "number", "minimum": TOOL_TIMEOUT_S[0], "maximum": TOOL_TIMEOUT_S[1]},
         "description": "Seconds that each function call waits for its output; then the model is told, and goes on.",
     },
+    "max_total_tokens": {
+        "schema": {"type": "integer", "minimum": 0, "maximum": bills.MAX_TOKENS},
+        "description": "Tokens that the run may take, prompts and answers together.",
+    },
+    "max_cost": {
+        "schema": {"type": "number", "minimum": 0},
+        "description": "Money that the run may cost, in the operator's currency.",
+    },
+    "dry_run": {"schema": {"enum": list(bills.SWITCH)}, "description": "Tell what would be done, and do nothing."},
+    "group_by": {
+        "schema": {"type": "array", "items": TEXT},
+        "description": f"{', '.join(GROUPS)} or `{METADATA}KEY`.",
+    },
+    "start_time": {"schema": SECONDS, "description": "From the day (UTC) of this time on."},
+    "end_time": {"schema": SECONDS, "description": "Up to the day (UTC) before which this time is over."},
+    "bucket_width": {"schema": {"enum": list(bills.WIDTHS)}},
+    "limit of costs": {
+        "name": "limit",
+        "schema": {"type": "integer", "minimum": 1, "maximum": bills.MAX_RESULTS, "default": bills.DEFAULT_RESULTS},
+    },
+    "page": {"schema": TEXT, "description": "The `next_page` of an earlier answer."},
+    "format": {"schema": {"enum": list(bills.FORMATS), "default": bills.FORMATS[0]}},
     "metadata": {"style": "deepObject", "explode": True, "schema": {"type": "object", "additionalProperties": TEXT}},
 }
 

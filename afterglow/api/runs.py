@@ -12,11 +12,13 @@ from starlette.responses import Response
 
 from afterglow.api import faults
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
+from afterglow.api.bills import is_dry_run, read_limits
 from afterglow.api.bodies import parse
 from afterglow.api.holding import Seen, held, read_wait
 from afterglow.api.pages import query_value, read_include, read_seconds
 from afterglow.api.sse import EventStream
 from afterglow.contracts import START, Position, Stop, Transaction
+from afterglow.dry_run import dry_run, dry_thread_and_run
 from afterglow.errors import NotFound
 from afterglow.objects import TOOL_TIMEOUT_S, CreateRun, CreateThreadAndRun, ModifyRun, RunStatus, SubmitToolOutputs
 from afterglow.rows import runs as run_rows
@@ -34,32 +36,36 @@ EVENT_ID = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})")
 
 
 async def create_run(request: Request) -> Response:
-    """POST /threads/{thread_id}/runs. With `stream`, answers with the run's event log as it grows."""
+    """POST /threads/{thread_id}/runs. With `stream`, answers with the run's event log as it grows. With `dry_run`,
+    nothing is done, and the answer tells what would be."""
     body = await parse(request, CreateRun)
-    include = read_include(request)
+    query = _read_query(request)
+    if is_dry_run(request):
+        where = house_of(request), project_of(request), request.path_params["thread_id"]
+        return reply(await dry_run(*where, body, query))
     happened = await start_run(
         house_of(request),
         project_of(request),
         request.path_params["thread_id"],
         body,
-        include,
+        query,
         await origin_of(request),
-        tool_timeout_s=_tool_timeout(request),
     )
     return _stream(request, happened) if body.stream else reply(happened.run)
 
 
 async def create_thread_and_run(request: Request) -> Response:
-    """POST /threads/runs. A stream begins with the thread."""
+    """POST /threads/runs. A stream begins with the thread. `dry_run` as for a run."""
     body = await parse(request, CreateThreadAndRun)
-    include = read_include(request)
+    query = _read_query(request)
+    if is_dry_run(request):
+        return reply(await dry_thread_and_run(house_of(request), project_of(request), body, query))
     thread, happened = await start_thread_and_run(
         house_of(request),
         project_of(request),
         body,
-        include,
+        query,
         await origin_of(request),
-        tool_timeout_s=_tool_timeout(request),
     )
     if not body.stream:
         return reply(happened.run)
@@ -71,10 +77,14 @@ def _stream(request: Request, happened: lifecycle.Happened, first: bytes = b"") 
     return EventStream(house_of(request), happened.project, happened.run.id, happened.since, first=first)
 
 
-def _tool_timeout(request: Request) -> float | None:
-    """`?tool_timeout_s=`: how long each function call waits for its output. Raises InvalidRequest."""
-    text = query_value(request, "tool_timeout_s")
-    return None if text is None else read_seconds("tool_timeout_s", text, *TOOL_TIMEOUT_S)
+def _read_query(request: Request) -> lifecycle.RunQuery:
+    """Raises InvalidRequest."""
+    timeout = query_value(request, "tool_timeout_s")
+    return lifecycle.RunQuery(
+        read_include(request),
+        None if timeout is None else read_seconds("tool_timeout_s", timeout, *TOOL_TIMEOUT_S),
+        *read_limits(request),
+    )
 
 
 async def list_runs(request: Request) -> Response:

@@ -11,6 +11,7 @@ from afterglow.objects import Json, Message
 from afterglow.rows.lists import ListPage, list_page
 
 LISTED = "project_id = $1 AND thread_id = $2 AND left_behind < 2"
+_SEEN = "project_id = $1 AND thread_id = $2 AND left_behind = 0 AND status <> 'in_progress'"
 
 
 class SaidMessage(msgspec.Struct):
@@ -129,11 +130,104 @@ async def hide_left_behind(tx: Transaction, project: str, run_id: str) -> None:
 
 
 async def delete_message(tx: Transaction, project: str, thread_id: str, message_id: str) -> str | None:
-    """Delete it, and return the id of the run that wrote it, or "" when a caller did; None when there is none."""
+    """Delete it, and return the id of the run that wrote it, or "" when a caller did; None when there is none. Where
+    it was is noted, for those who ask what a model was given."""
     rows = await tx.fetch(
-        "DELETE FROM messages WHERE project_id = $1 AND id = $2 AND thread_id = $3 RETURNING COALESCE(run_id, '')",
+        "DELETE FROM messages WHERE project_id = $1 AND id = $2 AND thread_id = $3"
+        " RETURNING seq, created_at, run_id, left_behind, object",
         project,
         message_id,
         thread_id,
+    )
+    if not rows:
+        return None
+    seq, created_at, run_id, left_behind, text = rows[0]
+    if not left_behind:
+        await tx.execute(
+            "INSERT INTO deleted_messages VALUES ($1, $2, $3, $4, $5, $6, $7)",
+            project,
+            thread_id,
+            message_id,
+            seq,
+            created_at,
+            run_id,
+            _said(text).role,
+        )
+    return run_id or ""
+
+
+class DeletedMessage(NamedTuple):
+    id: str
+    seq: int
+    created_at: int
+    run_id: str | None
+    role: str
+
+
+async def list_deleted(
+    tx: Transaction, project: str, thread_id: str, from_seq: int, to_seq: int
+) -> list[DeletedMessage]:
+    """The messages of a thread that were deleted, of those from `from_seq` to `to_seq`."""
+    rows = await tx.fetch(
+        "SELECT id, seq, created_at, run_id, role FROM deleted_messages"
+        " WHERE project_id = $1 AND thread_id = $2 AND seq >= $3 AND seq <= $4 ORDER BY seq",
+        project,
+        thread_id,
+        from_seq,
+        to_seq,
+    )
+    return [DeletedMessage(*row) for row in rows]
+
+
+async def list_messages_between(
+    tx: Transaction, project: str, thread_id: str, from_seq: int, to_seq: int
+) -> list[PlacedMessage]:
+    """The messages that a model may see, of those from `from_seq` to `to_seq`, oldest first."""
+    rows = await tx.fetch(
+        f"SELECT created_at, seq, object FROM messages WHERE {_SEEN} AND seq >= $3 AND seq <= $4"
+        " ORDER BY created_at, seq",
+        project,
+        thread_id,
+        from_seq,
+        to_seq,
+    )
+    return [PlacedMessage(at, seq, _said(text)) for at, seq, text in rows]
+
+
+async def count_before(tx: Transaction, project: str, thread_id: str, before_seq: int) -> int:
+    """How many messages below a place a model could have seen, deleted ones included."""
+    rows = await tx.fetch(
+        f"SELECT (SELECT COUNT(*) FROM messages WHERE {_SEEN} AND seq < $3)"
+        " + (SELECT COUNT(*) FROM deleted_messages WHERE project_id = $1 AND thread_id = $2 AND seq < $3)",
+        project,
+        thread_id,
+        before_seq,
+    )
+    return int(rows[0][0])
+
+
+async def list_ids_before(
+    tx: Transaction, project: str, thread_id: str, before_seq: int, limit: int
+) -> list[tuple[int, str, bool]]:
+    """(seq, id, whether it was deleted) of up to `limit` such messages, newest first."""
+    rows = await tx.fetch(
+        f"SELECT seq, id, 0 FROM messages WHERE {_SEEN} AND seq < $3"
+        " UNION ALL SELECT seq, id, 1 FROM deleted_messages WHERE project_id = $1 AND thread_id = $2 AND seq < $3"
+        f" ORDER BY 1 DESC LIMIT {limit}",
+        project,
+        thread_id,
+        before_seq,
+    )
+    return [(seq, message_id, bool(deleted)) for seq, message_id, deleted in rows]
+
+
+async def get_seq(tx: Transaction, project: str, thread_id: str, message_id: str) -> int | None:
+    """The place of a message in its thread, also of one that was deleted."""
+    rows = await tx.fetch(
+        "SELECT seq FROM messages WHERE project_id = $1 AND thread_id = $2 AND id = $3"
+        " UNION ALL SELECT seq FROM deleted_messages WHERE project_id = $1 AND thread_id = $2 AND id = $3",
+        project,
+        thread_id,
+        message_id,
     )
     return rows[0][0] if rows else None

@@ -13,7 +13,8 @@ class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What caller or assistant set, which the object shows only mixed with defaults.
 
     include: the request's `include[]`. tool_choice and parallel_tool_calls as given; None means unset.
-    tool_timeout_s: how long each call waits for its output; None for as long as the run does.
+    tool_timeout_s: how long each call waits for its output; None for as long as the run does. max_total_tokens,
+    max_cost: what the run may take of the model, prompts and answers together.
     """
 
     temperature: float | None = None
@@ -24,6 +25,8 @@ class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
     parallel_tool_calls: bool | None = None
     include: list[str] = []
     tool_timeout_s: float | None = None
+    max_total_tokens: int | None = None
+    max_cost: float | None = None
 
 
 class RunRow(msgspec.Struct, kw_only=True):

@@ -122,6 +122,22 @@ async def list_calls_before(
     return [_placed(row) for row in rows]
 
 
+async def list_calls_between(
+    tx: Transaction, project: str, thread_id: str, from_seq: int, to_seq: int
+) -> list[PlacedStep]:
+    """The closed tool-call steps of a thread from `from_seq` to `to_seq`, oldest first."""
+    rows = await tx.fetch(
+        f"SELECT {_PLACED} FROM steps WHERE project_id = $1 AND thread_id = $2 AND type = 'tool_calls'"
+        " AND seq >= $3 AND seq <= $4 AND left_behind = 0 AND status IN ('completed', 'failed')"
+        " ORDER BY created_at, seq",
+        project,
+        thread_id,
+        from_seq,
+        to_seq,
+    )
+    return [_placed(row) for row in rows]
+
+
 async def list_pictures_to_show(tx: Transaction, project: str, run_id: str) -> list[str]:
     """File ids of the images that the run's code has shown since its last message."""
     rows = await tx.fetch(

@@ -15,6 +15,9 @@ from afterglow.rows.webhooks import forget_events
 
 # Everything that hangs on a thread. Events and stored answers carry its text as well.
 _OF_A_THREAD = (
+    "DELETE FROM spend_tags WHERE project_id = $1 AND run_id IN"
+    " (SELECT id FROM runs WHERE project_id = $1 AND thread_id = $2)",
+    "DELETE FROM deleted_messages WHERE project_id = $1 AND thread_id = $2",
     "DELETE FROM events WHERE project_id = $1 AND run_id IN"
     " (SELECT id FROM runs WHERE project_id = $1 AND thread_id = $2)",
     "DELETE FROM model_calls WHERE project_id = $1 AND thread_id = $2",

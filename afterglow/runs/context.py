@@ -55,7 +55,8 @@ class Turn(msgspec.Struct):
     """A piece of history that is sent whole or not at all.
 
     id: of the message or step. chat: one message, or a call with its outputs. run_id: of the run that made it, if
-    any did. own: that is the run in hand.
+    any did. own: that is the run in hand. images, results, retrieved: tokens of it that are images, outputs of tools,
+    and passages that file search has found.
     """
 
     place: Place
@@ -65,6 +66,9 @@ class Turn(msgspec.Struct):
     tokens: int
     own: bool = False
     run_id: str | None = None
+    images: int = 0
+    results: int = 0
+    retrieved: int = 0
 
 
 # --- turns of what is stored -----------------------------------------------------------------------------------
@@ -78,11 +82,14 @@ def message_turn(place: Place, message: Message | SaidMessage, run_id: str, *, v
     content: Any = parts
     if all(part["type"] == "text" for part in parts):
         content = parts[0]["text"] if len(parts) == 1 else "\n".join(part["text"] for part in parts)
-    tokens = TOKENS_PER_MESSAGE
+    tokens, images = TOKENS_PER_MESSAGE, 0
     for part in parts:
-        tokens += _part_tokens(part)
+        size = _part_tokens(part)
+        tokens += size
+        if part["type"] != "text":
+            images += size
     chat = [{"role": message.role, "content": content}]
-    return Turn(place, message.id, message.role, chat, tokens, message.run_id == run_id, message.run_id)
+    return Turn(place, message.id, message.role, chat, tokens, message.run_id == run_id, message.run_id, images)
 
 
 def _chat_part(stored: Json, images: bool) -> Json | None:
@@ -116,6 +123,7 @@ def calls_turn(
     """
     own = step.run_id == run_id
     calls, outputs = [], []
+    tokens = results = retrieved = 0
     for call in step.step_details["tool_calls"]:
         if call["type"] == "file_search" and not own:
             continue
@@ -126,16 +134,16 @@ def calls_turn(
             output = clipped(output, EARLIER_OUTPUT_CHARS)
         calls.append({"id": call["id"], "type": "function", "function": {"name": name, "arguments": arguments}})
         outputs.append({"role": "tool", "tool_call_id": call["id"], "content": output})
+        size = estimate_tokens(output)
+        tokens += 2 * TOKENS_PER_MESSAGE + estimate_tokens(name + arguments) + size
+        if call["type"] == "file_search":
+            retrieved += size
+        else:
+            results += size
     if not calls:
         return None
     chat: list[Json] = [{"role": "assistant", "content": None, "tool_calls": calls}, *outputs]
-    tokens = sum(
-        2 * TOKENS_PER_MESSAGE
-        + estimate_tokens(call["function"]["name"] + call["function"]["arguments"])
-        + estimate_tokens(output["content"])
-        for call, output in zip(calls, outputs, strict=True)
-    )
-    return Turn(place, step.id, "calls", chat, tokens, own, step.run_id)
+    return Turn(place, step.id, "calls", chat, tokens, own, step.run_id, results=results, retrieved=retrieved)
 
 
 def _call_texts(
@@ -308,35 +316,26 @@ def completion_reserve(window_tokens: int, max_completion_tokens: int | None, ma
     return min(wanted, window_tokens // 4)
 
 
-class Calibration:
-    """How far our estimates are off, per model: reported tokens ÷ estimated tokens, smoothed."""
-
-    WEIGHT = 0.3
-    LOWEST, HIGHEST = 0.5, 3.0
-
-    def __init__(self) -> None:
-        self._factors: dict[str, float] = {}
-
-    def factor(self, model: str) -> float:
-        return self._factors.get(model, 1.0)
-
-    def overflowed(self, model: str) -> None:
-        """The server found a prompt too long that we thought would fit."""
-        self._factors[model] = min(self.factor(model) * 1.5, self.HIGHEST)
-
-    def learn(self, model: str, estimated: int, reported: int) -> None:
-        """estimated: uncalibrated. A short prompt teaches nothing: fixed overheads outweigh it."""
-        if estimated < 200 or reported <= 0:
-            return
-        seen = min(max(reported / estimated, self.LOWEST), self.HIGHEST)
-        old = self._factors.get(model)
-        self._factors[model] = seen if old is None else old + self.WEIGHT * (seen - old)
-
-
 def fixed_tokens(instructions: str, tools: list[Json], response_format: Any) -> dict[str, int]:
     """Estimated size of what is sent besides history, per part; uncalibrated."""
     return {
         "instructions": estimate_tokens(instructions) + TOKENS_PER_MESSAGE if instructions else 0,
         "tools": estimate_tokens(msgspec.json.encode(tools).decode()) if tools else 0,
         "response_format": estimate_tokens(msgspec.json.encode(response_format).decode()) if response_format else 0,
+    }
+
+
+def history_tokens(turns: list[Turn]) -> dict[str, int]:
+    """Estimated size of the history that is sent, per part; uncalibrated."""
+    images = results = retrieved = tokens = 0
+    for turn in turns:
+        tokens += turn.tokens
+        images += turn.images
+        results += turn.results
+        retrieved += turn.retrieved
+    return {
+        "history": tokens - images - results - retrieved,
+        "retrieved_chunks": retrieved,
+        "tool_results": results,
+        "images": images,
     }

@@ -79,8 +79,25 @@ def tell(house: House, happened: Happened | None) -> None:
 # --- creating --------------------------------------------------------------------------------------------------
 
 
+class RunQuery(NamedTuple):
+    """What the query of a request asks of the run that it creates.
+
+    tool_timeout_s: how long each call waits for its output. max_total_tokens, max_cost: what the run may take of the
+    model, prompts and answers together; money in the operator's currency.
+    """
+
+    include: list[str]
+    tool_timeout_s: float | None = None
+    max_total_tokens: int | None = None
+    max_cost: float | None = None
+
+
 def new_run(
-    house: House, thread_id: str, row: AssistantRow, body: CreateRun | CreateThreadAndRun, include: list[str]
+    house: House,
+    thread_id: str,
+    row: AssistantRow,
+    body: CreateRun | CreateThreadAndRun,
+    query: RunQuery,
 ) -> tuple[Run, RunAsked]:
     """The run that `body` asks of an assistant: each value is the body's, else the assistant's, else the default."""
     assistant = row.assistant
@@ -92,7 +109,7 @@ def new_run(
         response_format=_first(plain(body.response_format), row.asked.response_format),
         tool_choice=plain(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
-        include=include,
+        **query._asdict(),
     )
     run = Run(
         id=new_id("run"),
@@ -159,18 +176,15 @@ async def insert_run(
     project: str,
     thread_id: str,
     body: CreateRun | CreateThreadAndRun,
-    include: list[str],
+    query: RunQuery,
     tool_resources: dict[str, Any] | None = None,
-    *,
-    tool_timeout_s: float | None = None,
 ) -> Happened:
     """Queue a run on a thread that is known to be free."""
     assistant = await get_assistant(tx, project, body.assistant_id)
     if assistant is None:
         raise _no_assistant(body.assistant_id)
-    run, asked = new_run(house, thread_id, assistant, body, include)
+    run, asked = new_run(house, thread_id, assistant, body, query)
     run.tool_resources = tool_resources or {}
-    asked.tool_timeout_s = tool_timeout_s
     place = await thread_rows.take_place(tx, project, thread_id, run.created_at)
     assert place is not None
     deadline = run.created_at + house.settings.run_expires_s

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from afterglow.calibration import Calibration
 from afterglow.contracts import (
     ChatRequest,
     Delta,
@@ -42,25 +43,44 @@ from afterglow.errors import (
     StoreError,
 )
 from afterglow.ids import new_id
-from afterglow.objects import INCLUDE_FILE_SEARCH_CONTENT, IncompleteDetails, LastError, Message, RunStep, Usage
+from afterglow.objects import (
+    INCLUDE_FILE_SEARCH_CONTENT,
+    Budget,
+    IncompleteDetails,
+    LastError,
+    Message,
+    RunStep,
+    Usage,
+)
+from afterglow.prices import Price, cost_of, price_of
 from afterglow.rows import events as event_rows
 from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.files import list_sandbox_files
-from afterglow.rows.model_calls import ModelCall, insert_model_call
+from afterglow.rows.model_calls import MILLION, ModelCall, insert_model_call
+from afterglow.rows.projects import get_project_settings
 from afterglow.rows.runs import RunRow
 from afterglow.rows.search_results import FoundBy, fill_in_content, insert_results
+from afterglow.rows.spend import record_spend
 from afterglow.rows.threads import Place
 from afterglow.rows.tool_calls import Deadline, insert_deadline
 from afterglow.runs import report
+from afterglow.runs.budgets import Budgets, NextCall
 from afterglow.runs.calling import OutgoingCalls
 from afterglow.runs.closing import InHand, close_open_steps, close_step
-from afterglow.runs.context import Calibration, chat_messages, estimate_tokens
+from afterglow.runs.context import estimate_tokens
 from afterglow.runs.images import inline_stored_images
 from afterglow.runs.interrupt import Interrupt, Interrupted
-from afterglow.runs.prompt import Prompt, PromptRules, chat_response_format, read_prompt
+from afterglow.runs.prompt import (
+    Prompt,
+    PromptRules,
+    chat_request,
+    chat_response_format,
+    read_prompt,
+    request_hash,
+)
 from afterglow.runs.search import search_for_run
 from afterglow.runs.states import TERMINAL, RunEvent, end_message, move_run
 from afterglow.runs.transcript import (
@@ -88,7 +108,7 @@ from afterglow.tools.file_search import (
     within,
     without_content,
 )
-from afterglow.tools.function import CALLED_OUT, FUNCTIONS, ToolKind, chat_tool_choice, offer
+from afterglow.tools.function import CALLED_OUT, FUNCTIONS, ToolKind, offer
 from afterglow.tools.mcp import ListedServers, list_mcp_tools
 from afterglow.vector_stores import wait_for_thread_store
 from afterglow.webhooks import record_run
@@ -112,9 +132,10 @@ class Execution:
         started: list[Segment],
         task: asyncio.Task[None],
         interpreter: CodeInterpreter,
+        budgets: Budgets,
     ) -> None:
         """row: as claimed. transcript: after the claim's events, which are `started` and not yet announced.
-        task: the one that will call `run`. interpreter: the worker's, with a session for each thread."""
+        task: the one that will call `run`. interpreter, budgets: the worker's, for all its runs."""
         self.house = house
         self.row = row
         self.interrupt = Interrupt(task)
@@ -130,6 +151,9 @@ class Execution:
         self._turns_for_nothing = 0
         self._given_up: set[ToolKind] = set()
         self._interpreter = interpreter
+        self._budgets = budgets
+        self._budget: Budget | None = None  # of the project, once looked up
+        self._price = Price()
         self._files: SandboxListing | None = None  # of the code interpreter, once looked up
 
     # --- the way through a run ---------------------------------------------------------------------------------
@@ -189,16 +213,29 @@ class Execution:
         if prompt_left is not None and prompt.needed_tokens > prompt_left:
             await self._stop("ran_out", incomplete="max_prompt_tokens")
             return False
-        completion_left = self._completion_left()
+        completion_left = prompt.made.max_tokens
         if completion_left is not None and completion_left <= 0:
             await self._stop("ran_out", incomplete="max_completion_tokens")
             return False
-        request = self._request(prompt, completion_left)
+        assert self._budget is not None
+        if why := await self._budgets.why_not(self.row, self._budget, NextCall(prompt.needed_tokens, self._price)):
+            await self._stop("broke", LastError("rate_limit_exceeded", why))
+            return False
+        try:
+            return await self._call_model(prompt, committed)
+        finally:
+            self._budgets.release(self.row)
+
+    async def _call_model(self, prompt: Prompt, committed: Awaitable[None]) -> bool:
+        run = self.row.run
+        request = chat_request(self.row, prompt.made, prompt.instructions, prompt.cut.turns, self._offered)
+        has_parts = any(isinstance(message["content"], list) for message in request.messages)
+        prompt_hash = request_hash(request) if has_parts else None  # of what stands for images, not of their bytes
         await self.interrupt.wait(partial(inline_stored_images, self.house, self.row.project, request))
         if self.house.models.wants_inline_images(run.model):
             await self._inline_images(request)
         self.interrupt.check()  # or a call that was never made would be recorded
-        self._turn = turn = ModelTurn(prompt, request)
+        self._turn = turn = ModelTurn(prompt, request, prompt_hash)
         try:
             with report.model_call(self.house, self.row, turn):
                 await self._listen(turn, committed)
@@ -212,6 +249,7 @@ class Execution:
     async def _read_prompt(self) -> Prompt:
         # A server that is asked for the first time may keep silent as well as its model.
         info = await self.interrupt.wait(lambda: self.house.models.info(self.row.run.model))
+        self._price = price_of(self.house.settings.models, self.house.models.names(self.row.run.model))
         if info.tools is False:
             self._offer_nothing()
         rules = PromptRules(
@@ -225,10 +263,14 @@ class Execution:
             self._budget_cap,
         )
 
-        async def work(tx: Transaction) -> Prompt:
-            return await read_prompt(tx, rules)
+        known = self._budget
 
-        return await self.house.store.read(work)
+        async def work(tx: Transaction) -> tuple[Prompt, Budget]:
+            budget = known or (await get_project_settings(tx, self.row.project)).budget
+            return await read_prompt(tx, rules), budget
+
+        prompt, self._budget = await self.house.store.read(work)
+        return prompt
 
     async def _instructions(self) -> str:
         """The run's, and what files the code interpreter has: looked up once, so that the prompt's start stays the
@@ -261,23 +303,6 @@ class Execution:
         log.info("Run %s was longer than the model's window; it is cut further and tried again.", self.row.run.id)
         return True
 
-    def _request(self, prompt: Prompt, completion_left: int | None) -> ChatRequest:
-        run, asked = self.row.run, self.row.asked
-        first = not any(turn.own for turn in prompt.cut.turns)
-        choice = asked.tool_choice if first or asked.tool_choice == "none" else None
-        return ChatRequest(
-            model=run.model,
-            messages=chat_messages(prompt.instructions, prompt.cut.turns),
-            tools=self._offered.tools,
-            tool_choice=chat_tool_choice(choice, self._offered),
-            parallel_tool_calls=asked.parallel_tool_calls if self._offered.tools else None,
-            response_format=chat_response_format(asked.response_format),
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            reasoning_effort=asked.reasoning_effort,
-            max_tokens=completion_left,
-        )
-
     async def _inline_images(self, request: ChatRequest) -> None:
         """Put fetched images in the place of their URLs."""
         for message in request.messages:
@@ -285,10 +310,6 @@ class Execution:
                 if part["type"] == "image_url" and not part["image_url"]["url"].startswith("data:"):
                     fetching = partial(self.house.images.data_url, part["image_url"]["url"])
                     part["image_url"] = {**part["image_url"], "url": await self.interrupt.wait(fetching)}
-
-    def _completion_left(self) -> int | None:
-        limit = self.row.run.max_completion_tokens
-        return None if limit is None else limit - self.row.spent.completion_tokens
 
     async def _demanded_engine_off(self) -> str | None:
         """Why the run cannot be: its tool_choice demands a tool whose engine is off."""
@@ -449,6 +470,7 @@ class Execution:
             if turn.message is not None:
                 # The whole usage of this model call goes to the step of its tool calls.
                 events += await self._close_text(tx, row, turn, now, Usage())
+                turn.text_step_id = turn.step.id if turn.step else None
             place = await self._take_place(tx, now, 1)
             step.created_at = place.created_at
             await step_rows.insert_step(tx, row.project, step, place.seq, row.attempt)
@@ -710,6 +732,7 @@ class Execution:
 
         await self._commit(work)
         turn.recorded = True
+        self._budgets.release(self.row)
 
     def _fail(self, turn: ModelTurn, call: Call, reason: str) -> None:
         """A call that was not run; its output says why."""
@@ -737,10 +760,12 @@ class Execution:
     async def _record_call(self, tx: Transaction, row: RunRow, turn: ModelTurn, usage: Usage) -> None:
         """Add the tokens to the run, and one row for the ledger."""
         row.spent = row.spent.plus(usage)
-        await insert_model_call(tx, row.project, self._model_call(row, turn, turn.end))
+        call = self._model_call(row, turn, turn.end, usage)
+        await insert_model_call(tx, row.project, call)
+        await record_spend(tx, row, call, usage)
 
-    def _model_call(self, row: RunRow, turn: ModelTurn, end: ModelEnd | None) -> ModelCall:
-        prompt = turn.prompt
+    def _model_call(self, row: RunRow, turn: ModelTurn, end: ModelEnd | None, usage: Usage) -> ModelCall:
+        prompt, cost = turn.prompt, cost_of(self._price, usage)
         return ModelCall(
             id=new_id("mcall"),
             thread_id=row.run.thread_id,
@@ -763,6 +788,13 @@ class Execution:
             first_token_ms=turn.first_token_ms,
             total_ms=round((time.monotonic() - turn.started) * 1000),
             finish_reason=end.finish_reason if end else "interrupted",
+            text_step_id=turn.text_step_id,
+            factor=round(prompt.factor * MILLION),
+            counted=usage,
+            cost=cost.nanos,
+            currency=self.house.settings.currency,
+            unpriced_tokens=cost.unpriced_tokens,
+            made=prompt.made,
         )
 
     async def _stop(

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from afterglow.contracts import ModelInfo, Transaction
+import msgspec
+
+from afterglow.calibration import Calibration
+from afterglow.contracts import ChatRequest, ModelInfo, Transaction
 from afterglow.objects import Json
 from afterglow.rows.messages import list_messages_before
-from afterglow.rows.model_calls import get_last_cut
+from afterglow.rows.model_calls import PromptMade, get_last_cut
 from afterglow.rows.runs import RunRow
 from afterglow.rows.search_results import StoredResult, list_results
 from afterglow.rows.steps import list_calls_before
 from afterglow.rows.threads import get_last_seq
 from afterglow.runs.context import (
     NEWEST,
-    Calibration,
     Cut,
     Place,
     Turn,
     Window,
     calls_turn,
+    chat_messages,
     completion_reserve,
     fixed_tokens,
+    history_tokens,
     message_turn,
 )
 from afterglow.tools.file_search import output_of
-from afterglow.tools.function import Offer
+from afterglow.tools.function import Offer, chat_tool_choice, offer
 
 FIRST_PAGE = 32
 
@@ -34,7 +39,8 @@ FIRST_PAGE = 32
 class Prompt(NamedTuple):
     """What one call sends. instructions: with what is said of files. cut_off: the thread's sequence when it was read.
     budget_tokens: room for the whole prompt. estimated: tokens per part, uncalibrated. needed: calibrated tokens of
-    the whole prompt. markers: file id by the marker with which the run's file searches showed it."""
+    the whole prompt. markers: file id by the marker with which the run's file searches showed it. factor: calibration.
+    made: what is kept of it with the call."""
 
     instructions: str
     cut: Cut
@@ -43,6 +49,8 @@ class Prompt(NamedTuple):
     estimated: dict[str, int]
     needed_tokens: int
     markers: dict[str, str]
+    factor: float
+    made: PromptMade
 
 
 class PromptRules(NamedTuple):
@@ -87,9 +95,54 @@ async def read_prompt(tx: Transaction, rules: PromptRules) -> Prompt:
     found = await list_results(tx, project, run.id) if searches else []
     await _fill(tx, window, rules._replace(outputs=_outputs(found)), cut_off)
     cut = window.cut()
-    parts["history"] = sum(turn.tokens for turn in cut.turns)
+    parts |= history_tokens(cut.turns)
     markers = {stored.marker: stored.file_id for stored in found}
-    return Prompt(rules.instructions, cut, cut_off, budget, parts, fixed + cut.tokens, markers)
+    needed = fixed + cut.tokens
+    return Prompt(rules.instructions, cut, cut_off, budget, parts, needed, markers, factor, _made(rules))
+
+
+def _made(rules: PromptRules) -> PromptMade:
+    run, offered = rules.row.run, rules.offered
+    made = PromptMade(
+        files=rules.instructions.removeprefix(run.instructions),
+        vision=rules.info.vision is not False,
+        history=rules.history,
+        max_tokens=completion_left(rules.row),
+    )
+    if run.tools and offered.tools != offer(run.tools).tools:
+        made.tools, made.names = offered.tools, offered.names
+    return made
+
+
+def completion_left(row: RunRow) -> int | None:
+    """Tokens that are left of the run's max_completion_tokens."""
+    limit = row.run.max_completion_tokens
+    return None if limit is None else limit - row.spent.completion_tokens
+
+
+def chat_request(row: RunRow, made: PromptMade, instructions: str, turns: list[Turn], offered: Offer) -> ChatRequest:
+    """The request of one call. turns: the history that is sent, oldest first."""
+    run, asked = row.run, row.asked
+    first = not any(turn.own for turn in turns)
+    choice = asked.tool_choice if first or asked.tool_choice == "none" else None
+    return ChatRequest(
+        model=run.model,
+        messages=chat_messages(instructions, turns),
+        tools=offered.tools,
+        tool_choice=chat_tool_choice(choice, offered),
+        parallel_tool_calls=asked.parallel_tool_calls if offered.tools else None,
+        response_format=chat_response_format(asked.response_format),
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        reasoning_effort=asked.reasoning_effort,
+        max_tokens=made.max_tokens,
+    )
+
+
+def request_hash(request: ChatRequest) -> str:
+    """sha-256 of a request, in hex: enough to know whether a prompt that is put together again is the same. Images
+    that are stored or fetched count as what stands for them."""
+    return hashlib.sha256(msgspec.json.encode(request)).hexdigest()
 
 
 def _outputs(found: list[StoredResult]) -> dict[str, dict[str, str]]:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
 from functools import cached_property
 from typing import Any
 
-import msgspec
-
 from afterglow.contracts import ChatRequest, ModelEnd
 from afterglow.objects import Message, RunStep, Usage
-from afterglow.runs.prompt import Prompt
+from afterglow.runs.prompt import Prompt, request_hash
 from afterglow.tools.annotations import Markers
 from afterglow.tools.function import CALLED_BY, CALLED_OUT, FUNCTIONS, ToolKind
 
@@ -112,7 +109,11 @@ class Call:
 class ModelTurn:
     """One call of the model and what it has produced so far."""
 
-    def __init__(self, prompt: Prompt, request: ChatRequest) -> None:
+    def __init__(self, prompt: Prompt, request: ChatRequest, prompt_hash: str | None = None) -> None:
+        """prompt_hash: of the request as it was before images were put into it; else it is taken when it is asked
+        for."""
+        if prompt_hash is not None:
+            self.prompt_hash = prompt_hash
         self.prompt = prompt
         self.request = request
         self.recorded = False  # whether the model call has its row
@@ -122,6 +123,7 @@ class ModelTurn:
         self.first_token_ms: int | None = None
         self.message: Message | None = None
         self.step: RunStep | None = None
+        self.text_step_id: str | None = None  # of the text that came before calls
         self.head = b""
         self.text: list[str] = []
         self.refusal: list[str] = []
@@ -132,8 +134,7 @@ class ModelTurn:
 
     @cached_property
     def prompt_hash(self) -> str:
-        """sha-256 of the request, in hex: enough to know whether a prompt that is put together again is the same."""
-        return hashlib.sha256(msgspec.json.encode(self.request)).hexdigest()
+        return request_hash(self.request)
 
     @property
     def content(self) -> list[dict[str, Any]]:

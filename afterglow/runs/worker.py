@@ -29,8 +29,8 @@ from afterglow.rows import requests as request_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows.runs import RunRow
 from afterglow.runs import report
+from afterglow.runs.budgets import Budgets
 from afterglow.runs.closing import leave_behind_open_steps
-from afterglow.runs.context import Calibration
 from afterglow.runs.interrupt import Why
 from afterglow.runs.lifecycle import expire_overdue, time_out_calls
 from afterglow.runs.loop import Execution
@@ -66,7 +66,7 @@ class Worker:
     def __init__(self, house: House) -> None:
         self._house = house
         self._id = new_id("worker")
-        self._calibration = Calibration()
+        self._budgets = Budgets(house)
         self._interpreter = CodeInterpreter(house, self._id)
         self._executions: dict[str, Execution] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,7 +138,14 @@ class Worker:
             task = asyncio.create_task(self._execute(claim, committed))
             # Before the task first runs: from now on it counts as running, and a cancel must find it.
             self._executions[claim.row.run.id] = Execution(
-                self._house, claim.row, claim.transcript, self._calibration, claim.started, task, self._interpreter
+                self._house,
+                claim.row,
+                claim.transcript,
+                self._house.calibration,
+                claim.started,
+                task,
+                self._interpreter,
+                self._budgets,
             )
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

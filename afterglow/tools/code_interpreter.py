@@ -88,17 +88,7 @@ class CodeInterpreter:
         placed, worker = await self._house.store.write(work)
         if worker != self._worker:
             await self._end(key)
-        return self._fitting(placed)
-
-    def _fitting(self, files: list[PlacedFile]) -> SandboxListing:
-        """Which files go into the session: in order, as long as there is room."""
-        room = self._house.settings.sandbox_disk_mb * 2**20 * ROOM_SHARE
-        listing = SandboxListing([], [])
-        for file in files:
-            fits = file.size_bytes <= room
-            (listing.placed if fits else listing.too_large).append(file)
-            room -= file.size_bytes if fits else 0
-        return listing
+        return _fitting(self._house, placed)
 
     # --- running -----------------------------------------------------------------------------------------------
 
@@ -285,6 +275,22 @@ async def _check_held(tx: Transaction, row: RunRow) -> None:
     """Code that goes on after its worker was taken for dead leaves nothing behind. Raises LostLease."""
     if not await touch_held_run(tx, row.project, row.run.id, row.attempt):
         raise LostLease(row.run.id)
+
+
+def _fitting(house: House, files: list[PlacedFile]) -> SandboxListing:
+    """Which files go into the session: in order, as long as there is room."""
+    room = house.settings.sandbox_disk_mb * 2**20 * ROOM_SHARE
+    listing = SandboxListing([], [])
+    for file in files:
+        fits = file.size_bytes <= room
+        (listing.placed if fits else listing.too_large).append(file)
+        room -= file.size_bytes if fits else 0
+    return listing
+
+
+async def list_files_of(tx: Transaction, house: House, row: RunRow) -> SandboxListing:
+    """What `place_files` would give, for a run that nobody holds; for a transaction that is rolled back."""
+    return _fitting(house, await _place_files(tx, row, int(house.clock.now())))
 
 
 async def _place_files(tx: Transaction, row: RunRow, now: int) -> list[PlacedFile]:

@@ -163,7 +163,7 @@ async def test_private_addresses_are_not_called(start_server: ServerFactory, tmp
         server.model.will(calls(OSLO), says("I may not."))
         run = await polled(server, await start(server, tools=[weather(tool)]))
         assert run.status == "completed"
-        assert outputs_sent(server)[0].startswith(f"ERROR: {tool.url}/weather may not be asked")
+        assert outputs_sent(server)[0].startswith(f"ERROR: {tool.url} may not be asked")
         assert not tool.asked
 
 

@@ -41,6 +41,7 @@ from afterglow.rows import steps as step_rows
 from afterglow.rows.requests import Origin
 from afterglow.rows.runs import RunRow
 from afterglow.runs import lifecycle
+from afterglow.runs.lifecycle import RunQuery
 from afterglow.runs.worker import claim_next
 from afterglow.settings import load
 from afterglow.store import postgres
@@ -116,7 +117,7 @@ async def held_run(house: House) -> RunRow:
     """A run that a worker has claimed."""
     assistant = await assistants.create_assistant(house, P, CreateAssistant(model="m"), origin())
     thread_id = await new_thread(house)
-    await threads.start_run(house, P, thread_id, CreateRun(assistant_id=assistant.id), [], origin())
+    await threads.start_run(house, P, thread_id, CreateRun(assistant_id=assistant.id), RunQuery([]), origin())
     [claim] = await house.store.write(lambda tx: claim_next(tx, house, "worker", 1))
     return claim.row
 
@@ -262,7 +263,7 @@ async def test_a_message_and_a_run_are_not_put_on_a_thread_at_once(house: House,
     assistant = await assistants.create_assistant(house, P, CreateAssistant(model="m"), origin())
     for message_first in (True, False):
         thread_id = await new_thread(house)
-        start = threads.start_run(house, P, thread_id, CreateRun(assistant_id=assistant.id), [], origin())
+        start = threads.start_run(house, P, thread_id, CreateRun(assistant_id=assistant.id), RunQuery([]), origin())
         say = threads.create_message(house, P, thread_id, CreateMessage(role="user", content="Hi."), origin())
         both = [say, start] if message_first else [start, say]
         _, second = await side_by_side(*both)
@@ -276,7 +277,7 @@ async def test_two_runs_are_not_put_on_a_thread_at_once(house: House, side_by_si
     assistant = await assistants.create_assistant(house, P, CreateAssistant(model="m"), origin())
     thread_id = await new_thread(house)
     body = CreateRun(assistant_id=assistant.id)
-    both = [threads.start_run(house, P, thread_id, body, [], origin()) for _ in range(2)]
+    both = [threads.start_run(house, P, thread_id, body, RunQuery([]), origin()) for _ in range(2)]
     _, second = await side_by_side(*both)
     assert isinstance(second, ThreadBusy)
 
@@ -302,7 +303,7 @@ async def test_nothing_of_a_deleted_thread_is_left_by_what_was_written_to_it(hou
         say = CreateMessage(role="user", content="Hi.")
         return [
             threads.create_message(house, P, thread_id, say, origin()),
-            threads.start_run(house, P, thread_id, CreateRun(assistant_id=assistant.id), [], origin()),
+            threads.start_run(house, P, thread_id, CreateRun(assistant_id=assistant.id), RunQuery([]), origin()),
         ]
 
     for number in range(2):
@@ -364,7 +365,9 @@ async def test_what_comes_later_is_later_whatever_the_clock_of_its_machine_says(
     said = [await threads.create_message(house, P, thread_id, first, origin())]
     clock.time -= 2
     said += [await threads.create_message(house, P, thread_id, body, origin()) for body in others]
-    happened = await threads.start_run(house, P, thread_id, CreateRun(assistant_id=assistant.id), [], origin())
+    happened = await threads.start_run(
+        house, P, thread_id, CreateRun(assistant_id=assistant.id), RunQuery([]), origin()
+    )
     listed = await rows(house, "SELECT id FROM messages ORDER BY created_at, seq, id")
     assert [row[0] for row in listed] == [message.id for message in said]
     assert happened.run.created_at == said[0].created_at

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afterglow.calibration import Calibration
 from afterglow.objects import Json, LastError, Message, RunStep, TruncationStrategy
 from afterglow.runs.context import (
     EARLIER_OUTPUT_CHARS,
     KEEP_SHARE,
     STORED_IMAGE,
     TOKENS_PER_MESSAGE,
-    Calibration,
     Cut,
     Turn,
     Window,

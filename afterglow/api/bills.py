@@ -1,0 +1,165 @@
+"""Ledgers and prompts of runs, dry runs, and /v1/costs. Extensions of ours; see docs/costs.md"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from afterglow import bills
+from afterglow.api import faults
+from afterglow.api.answers import house_of, project_of, reply
+from afterglow.api.pages import INTEGER, query_value, read_page
+from afterglow.errors import InvalidRequest
+from afterglow.rows.spend import DAY_S, GROUPS, METADATA, Bill
+
+MAX_RESULTS = 1000
+DEFAULT_RESULTS = 100
+LATEST = 253_402_300_799  # the end of the year 9999
+MAX_TOKENS = 2**53
+DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
+WIDTHS = ("1d", "all")
+FORMATS = ("json", "csv")
+SWITCH = {"true": True, "false": False, "1": True, "0": False}
+
+
+# --- ledgers and prompts ---------------------------------------------------------------------------------------
+
+
+async def retrieve_run_ledger(request: Request) -> Response:
+    """GET /threads/{thread_id}/runs/{run_id}/ledger: where the run's tokens went, call by call, and what they cost."""
+    return reply(await bills.run_ledger(house_of(request), project_of(request), *_run_of(request)))
+
+
+async def retrieve_run_step_ledger(request: Request) -> Response:
+    """GET /threads/{thread_id}/runs/{run_id}/steps/{step_id}/ledger: of the call that made the step."""
+    step_id = request.path_params["step_id"]
+    return reply(await bills.step_ledger(house_of(request), project_of(request), *_run_of(request), step_id))
+
+
+async def retrieve_run_step_prompt(request: Request) -> Response:
+    """GET /threads/{thread_id}/runs/{run_id}/steps/{step_id}/prompt: what the model was given for the step, and what
+    truncation has dropped. `limit` and `after` walk through the latter."""
+    page, step_id = read_page(request), request.path_params["step_id"]
+    found = await bills.step_prompt(
+        house_of(request), project_of(request), *_run_of(request), step_id, page.after, page.limit
+    )
+    return reply(found)
+
+
+def _run_of(request: Request) -> tuple[str, str]:
+    return request.path_params["thread_id"], request.path_params["run_id"]
+
+
+# --- what creating a run takes ---------------------------------------------------------------------------------
+
+
+def read_limits(request: Request) -> tuple[int | None, float | None]:
+    """`max_total_tokens` and `max_cost` of a run. Raises InvalidRequest."""
+    return _whole(request, "max_total_tokens", MAX_TOKENS), _money(request, "max_cost")
+
+
+def is_dry_run(request: Request) -> bool:
+    """Whether `dry_run` asks for nothing to be done. Raises InvalidRequest."""
+    text = query_value(request, "dry_run")
+    if text is not None and text not in SWITCH:
+        raise faults.unsupported_value("dry_run", text, list(SWITCH))
+    return text is not None and SWITCH[text]
+
+
+def _whole(request: Request, name: str, most: int) -> int | None:
+    text = query_value(request, name)
+    if text is None:
+        return None
+    if not INTEGER.fullmatch(text):
+        raise faults.wrong_type(name, "an integer", text)
+    faults.check_range(int(text), 0, most, name)
+    return int(text)
+
+
+def _money(request: Request, name: str) -> float | None:
+    text = query_value(request, name)
+    if text is not None and not DECIMAL.fullmatch(text):
+        raise faults.wrong_type(name, "a decimal number", text)
+    return None if text is None else float(text)
+
+
+# --- costs -----------------------------------------------------------------------------------------------------
+
+
+async def list_costs(request: Request) -> Response:
+    """GET /costs: what the project's model calls have cost, told apart by `group_by`; as CSV with `format=csv`."""
+    return await _costs(request, _bill(request, project_of(request)))
+
+
+async def list_organization_costs(request: Request) -> Response:
+    """GET /organization/costs: as /costs, of all projects, in buckets of a day unless `bucket_width` says otherwise."""
+    return await _costs(request, _bill(request, None, by_day=True))
+
+
+def _bill(request: Request, project: str | None, *, by_day: bool = False) -> Bill:
+    groups = _groups(request)
+    width = query_value(request, "bucket_width")
+    if width is not None and width not in WIDTHS:
+        raise faults.unsupported_value("bucket_width", width, WIDTHS)
+    if (width == "1d" or (width is None and by_day)) and "day" not in groups:
+        groups.insert(0, "day")
+    start = _whole(request, "start_time", LATEST) or 0
+    end = _whole(request, "end_time", LATEST)
+    now = int(house_of(request).clock.now())
+    last = math.ceil((now + 1 if end is None else end) / DAY_S)
+    return Bill(project, groups, start // DAY_S, last)
+
+
+def _groups(request: Request) -> list[str]:
+    """`group_by`, repeated or with commas; `day` comes first. The names of the original's costs are taken, too."""
+    asked = [text for name in ("group_by", "group_by[]") for text in request.query_params.getlist(name)]
+    groups = []
+    for text in (part for one in asked for part in one.split(",") if part):
+        faults.check_text(text, "group_by")
+        name = "model" if text == "line_item" else text.removesuffix("_id")
+        if name not in GROUPS and not (text.startswith(METADATA) and len(text) > len(METADATA)):
+            raise faults.unsupported_value("group_by", text, [*GROUPS, f"{METADATA}KEY"])
+        groups.append(text if text.startswith(METADATA) else name)
+    if sum(group.startswith(METADATA) for group in groups) > 1:
+        message = "Invalid 'group_by': one key of metadata can be asked for at a time."
+        raise InvalidRequest(message, param="group_by", code="invalid_value")
+    return sorted(dict.fromkeys(groups), key=lambda group: group != "day")
+
+
+async def _costs(request: Request, bill: Bill) -> Response:
+    format = query_value(request, "format")
+    if format is not None and format not in FORMATS:
+        raise faults.unsupported_value("format", format, FORMATS)
+    limit = _whole(request, "limit", MAX_RESULTS)
+    faults.check_range(DEFAULT_RESULTS if limit is None else limit, 1, MAX_RESULTS, "limit")
+    house = house_of(request)
+    if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
+        headers = {"content-disposition": 'attachment; filename="costs.csv"'}
+        return StreamingResponse(bills.bill_as_csv(house, bill), media_type="text/csv", headers=headers)
+    limit = limit or DEFAULT_RESULTS
+    lines = await bills.read_bill(house, bill, _cursor(request, bill), limit + 1)
+    shown = lines[:limit]
+    more = len(lines) > limit
+    next_page = msgspec.json.encode(bills.cursor_of(shown[-1])).hex() if more else None
+    return reply(bills.CostsPage(data=bills.buckets_of(bill, shown), has_more=more, next_page=next_page))
+
+
+def _cursor(request: Request, bill: Bill) -> list[str | int]:
+    """The `page` that an earlier answer named: the keys of its last line."""
+    text = query_value(request, "page")
+    if text is None:
+        return []
+    try:
+        keys = msgspec.json.decode(bytes.fromhex(text), type=list[str | int])
+    except (ValueError, msgspec.DecodeError, RecursionError):
+        keys = []
+    kinds = [int if group == "day" else str for group in bill.groups] + [str]
+    fits = [type(key) for key in keys] == kinds and all(abs(key) < 2**62 for key in keys if isinstance(key, int))
+    if not fits or any("\0" in key for key in keys if isinstance(key, str)):
+        message = "Invalid 'page': it is none that an answer to the same question has named."
+        raise InvalidRequest(message, param="page", code="invalid_value")
+    return keys
