@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
+from afterglow.limits import Limiter
 from afterglow.metrics import Metrics
 from afterglow.objects import AttributeValue, Filter, Usage
 from afterglow.settings import Settings
@@ -682,7 +683,8 @@ class House:
 
     ingest_queue: as `queue`, for files of vector stores; its `cancel` takes `vs_…/file-…`, or `vs_…` for all of a
     store's. locks: whoever writes to the index of a store holds that of its id, see `ingest/upkeep.py`. embedder: None
-    searches words alone. metrics: what `/metrics` shows of this process. traces: None keeps none.
+    searches words alone. limits: what callers may still do in this minute. metrics: what `/metrics` shows of this
+    process. traces: None keeps none.
     """
 
     settings: Settings
@@ -699,6 +701,7 @@ class House:
     index: SearchIndex
     locks: Locks
     embedder: Embedder | None = None
+    limits: Limiter = field(default_factory=Limiter)
     metrics: Metrics = field(default_factory=Metrics)
     traces: Traces | None = None
 

@@ -33,6 +33,7 @@ from afterglow.objects import (
     Thread,
     ToolResources,
 )
+from afterglow.quotas import check_active_runs
 from afterglow.rows import events as event_rows
 from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
@@ -135,8 +136,9 @@ async def start_run(
 
     async def work(tx: Transaction) -> tuple[Happened | None, Happened]:
         expired = await free_thread(tx, house, project, thread_id)
+        await check_active_runs(tx, house, project, origin.key_id)
         await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
-        happened = await insert_run(tx, house, project, thread_id, body, include)
+        happened = await insert_run(tx, house, project, thread_id, body, include, key_id=origin.key_id)
         await insert_request(tx, project, origin, happened.run.id, now)
         return expired, happened
 
@@ -153,9 +155,10 @@ async def start_thread_and_run(
     """Make a thread and put a run on it, in one transaction."""
 
     async def work(tx: Transaction) -> tuple[Thread, Happened]:
+        await check_active_runs(tx, house, project, origin.key_id)
         thread = await insert_thread(tx, house, project, body.thread or CreateThread())
         resources = await checked_resources(tx, house, project, body.tool_resources)
-        happened = await insert_run(tx, house, project, thread.id, body, include, resources)
+        happened = await insert_run(tx, house, project, thread.id, body, include, resources, origin.key_id)
         await insert_request(tx, project, origin, happened.run.id, happened.run.created_at)
         return thread, happened
 

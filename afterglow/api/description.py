@@ -15,20 +15,36 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import __version__
-from afterglow.api import about, assistants, files, inspection, models, runs, threads, uploads, vector_stores
+from afterglow.api import (
+    about,
+    assistants,
+    files,
+    inspection,
+    models,
+    organization,
+    runs,
+    threads,
+    uploads,
+    vector_stores,
+)
 from afterglow.api.edge import OPEN_PATHS
 from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
 from afterglow.inspection import Citation, SearchExplanation, VectorStoreChunk
 from afterglow.objects import (
     INCLUDE_FILE_SEARCH_CONTENT,
     VENDOR_KEYS,
+    ApiKey,
     Assistant,
     Attachment,
+    AuditLog,
     Body,
     CompleteUpload,
+    CreateApiKey,
     CreateAssistant,
+    CreatedApiKey,
     CreateFileBatch,
     CreateMessage,
+    CreateProject,
     CreateRun,
     CreateThread,
     CreateThreadAndRun,
@@ -41,12 +57,15 @@ from afterglow.objects import (
     Json,
     Message,
     Model,
+    ModifyApiKey,
     ModifyAssistant,
     ModifyMessage,
+    ModifyProject,
     ModifyRun,
     ModifyThread,
     ModifyVectorStore,
     ModifyVectorStoreFile,
+    Project,
     ResponseFormat,
     Run,
     RunStep,
@@ -63,6 +82,7 @@ from afterglow.objects import (
     VectorStoreFile,
     VectorStoreFileBatch,
 )
+from afterglow.rows.audit import COMPARISONS
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 REF = "#/components/schemas/{name}"
@@ -90,6 +110,13 @@ class Shape(NamedTuple):
 
 CURSOR = ("limit", "order", "after", "before")
 INCLUDE = ("include[]",)
+ACTS = (
+    *(f"effective_at[{name}]" for name in COMPARISONS),
+    "event_types[]",
+    "project_ids[]",
+    "actor_ids[]",
+    "resource_ids[]",
+)
 UPLOAD: Json = {
     "type": "object",
     "properties": {
@@ -160,6 +187,17 @@ SHAPES: dict[Endpoint, Shape] = {
     inspection.list_chunks: Shape(query=("limit", "after"), list_of=VectorStoreChunk),
     inspection.explain_search: Shape(SearchVectorStore, SearchExplanation),
     inspection.list_citations: Shape(list_of=Citation),
+    organization.list_projects: Shape(query=(*CURSOR, "include_archived"), list_of=Project),
+    organization.create_project: Shape(CreateProject, Project),
+    organization.retrieve_project: Shape(answer=Project),
+    organization.modify_project: Shape(ModifyProject, Project),
+    organization.archive_project: Shape(answer=Project),
+    organization.list_keys: Shape(query=CURSOR, list_of=ApiKey),
+    organization.create_key: Shape(CreateApiKey, CreatedApiKey),
+    organization.retrieve_key: Shape(answer=ApiKey),
+    organization.modify_key: Shape(ModifyApiKey, ApiKey),
+    organization.delete_key: Shape(deleted="organization.project.api_key.deleted"),
+    organization.list_audit_logs: Shape(query=(*CURSOR, *ACTS), list_of=AuditLog),
     models.list_models: Shape(list_of=Model),
     models.retrieve_model: Shape(answer=Model),
     models.delete_model: Shape(),
@@ -180,6 +218,12 @@ QUERY: dict[str, Json] = {
     "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
     "filter": {"schema": {"enum": list(vector_stores.FILE_STATUSES)}, "description": "Keep the files of this status."},
     "include[]": {"schema": {"type": "array", "items": {"enum": [INCLUDE_FILE_SEARCH_CONTENT]}}},
+    "include_archived": {"schema": {"type": "boolean", "default": False}},
+    **{f"effective_at[{name}]": {"schema": {"type": "integer", "minimum": 0}} for name in COMPARISONS},
+    **{
+        f"{name}[]": {"schema": {"type": "array", "items": TEXT, "maxItems": organization.MAX_VALUES}}
+        for name in ("event_types", "project_ids", "actor_ids", "resource_ids")
+    },
     "metadata": {"style": "deepObject", "explode": True, "schema": {"type": "object", "additionalProperties": TEXT}},
 }
 

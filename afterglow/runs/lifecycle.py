@@ -146,8 +146,9 @@ async def insert_run(
     body: CreateRun | CreateThreadAndRun,
     include: list[str],
     tool_resources: dict[str, Any] | None = None,
+    key_id: str = "",
 ) -> Happened:
-    """Queue a run on a thread that is known to be free."""
+    """Queue a run on a thread that is known to be free. key_id: of whoever asks for it."""
     assistant = await get_assistant(tx, project, body.assistant_id)
     if assistant is None:
         raise _no_assistant(body.assistant_id)
@@ -165,6 +166,7 @@ async def insert_run(
         attempt=0,
         deadline=deadline,
         seq=place.seq,
+        key_id=key_id,
     )
     await run_rows.insert_run(tx, row)
     segment = Transcript(0).number([run_event(run, "created"), run_event(run)])

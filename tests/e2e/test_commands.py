@@ -120,7 +120,7 @@ def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]):
     listed = capsys.readouterr().out
     assert secret not in listed
     assert listed.split()[0] == key_id
-    assert listed.rstrip().endswith("valid  the shop")
+    assert listed.rstrip().endswith("valid  read,write  expires never  used never  the shop")
 
     assert cli.main(["keys", "revoke", key_id]) == 0
     assert cli.main(["keys", "revoke", key_id]) == 1

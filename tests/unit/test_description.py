@@ -224,6 +224,7 @@ def test_bodies_are_described_where_they_are_read():
         *("createUpload", "createUploadPart", "completeUpload", "modifyVectorStore", "searchVectorStore"),
         "explainSearch",
         *("createVectorStoreFile", "modifyVectorStoreFile", "createFileBatch"),
+        *("createProject", "modifyProject", "createKey", "modifyKey"),
     }
 
 
