@@ -62,6 +62,7 @@ async def check_storage(tx: Transaction, house: House, project: str, key_id: str
     ]
     if limited:
         await touch_project(tx, project)
+        await quotas.fill_in_sizes(tx, project)
     for holder, limit in limited:
         if await quotas.sum_file_bytes(tx, project, holder.key_id) + added_bytes > limit * MEGABYTE:
             raise TooManyRequests(
@@ -70,6 +71,18 @@ async def check_storage(tx: Transaction, house: House, project: str, key_id: str
                 "insufficient_quota",
                 code="insufficient_quota",
             )
+
+
+async def storage_left(house: House, row: RunRow) -> int | None:
+    """Bytes of files that the code of a run may still leave in its project; None: nobody counts them."""
+
+    async def work(tx: Transaction) -> int | None:
+        limit = (await get_project_settings(tx, row.project)).limits.storage_mb
+        if limit is None:
+            return None
+        return max(limit * MEGABYTE - await quotas.sum_file_bytes(tx, row.project), 0)
+
+    return await house.store.read(work)
 
 
 # --- the code interpreter --------------------------------------------------------------------------------------

@@ -37,9 +37,8 @@ async def count_active_runs(tx: Transaction, project: str, key_id: str) -> int:
     return int(rows[0][0])
 
 
-async def sum_file_bytes(tx: Transaction, project: str, key_id: str) -> int:
-    """Of files; for the whole project also of the parts of uploads."""
-    await _fill_in_sizes(tx, project)
+async def sum_file_bytes(tx: Transaction, project: str, key_id: str = "") -> int:
+    """Of files; for the whole project also of the parts of uploads. Files without a size count nothing."""
     where, values = _whose(project, key_id)
     rows = await tx.fetch(f"SELECT COALESCE(SUM(size_bytes), 0) FROM files WHERE {where}", *values)
     parts = 0
@@ -50,7 +49,7 @@ async def sum_file_bytes(tx: Transaction, project: str, key_id: str) -> int:
     return int(rows[0][0]) + int(parts)
 
 
-async def _fill_in_sizes(tx: Transaction, project: str) -> None:
+async def fill_in_sizes(tx: Transaction, project: str) -> None:
     """Of files that were stored before the column was there."""
     rows = await tx.fetch("SELECT id, object FROM files WHERE project_id = $1 AND size_bytes IS NULL", project)
     for file_id, text in rows:

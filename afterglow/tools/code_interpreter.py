@@ -20,7 +20,7 @@ from afterglow.contracts import CellEnd, CodeSession, House, Logs, Picture, Sand
 from afterglow.errors import LostLease, SandboxBusy, SandboxFull, SessionLost, StoreError
 from afterglow.files import read_file, store_output
 from afterglow.objects import File
-from afterglow.quotas import check_sandbox, note_sandbox
+from afterglow.quotas import check_sandbox, note_sandbox, storage_left
 from afterglow.rows import files as file_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.assistants import get_assistant
@@ -212,6 +212,8 @@ class CodeInterpreter:
         disk, key = self._house.settings.sandbox_disk_mb * 2**20, (row.project, row.run.thread_id)
         room = min(disk, KEPT_SESSIONS * disk - self._kept_bytes.get(key, 0))
         limit = self._house.settings.max_file_mb * 2**20
+        if changed and (left := await storage_left(self._house, row)) is not None:
+            room = min(room, left)
         dropped = []
         for number, file in enumerate(changed):
             opened.known[file.name] = (file.size_bytes, file.mtime_ns)

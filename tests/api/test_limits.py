@@ -13,7 +13,7 @@ from afterglow.contracts import Logs
 from afterglow.limits import Limiter
 from afterglow.objects import Usage
 from afterglow.quotas import share_rates
-from afterglow.testing import SetClock, calls, says
+from afterglow.testing import SetClock, Write, calls, says
 from tests.api.test_keys import ADMIN
 from tests.api.test_projects import PROJECTS
 from tests.api.wire import Answer, Json, Wire, until
@@ -220,6 +220,18 @@ async def test_minutes_of_code_are_limited(start_server: ServerFactory, connect:
         assert "42" not in used_up
         clock.time += 24 * 3600
         assert "42" in await told()
+
+
+async def test_what_code_leaves_is_limited(start_server: ServerFactory, connect: Any, tmp_path: Path):
+    """Files for which there is no room in the project are not kept, and the model is told."""
+    clock = SetClock()
+    async with start_server(tmp_path, clock=clock, api_keys=KEYS) as server:
+        wire = await limit(server, clock, connect, storage_mb=1)
+        server.code.will([Write("small.txt", b"x"), Write("large.txt", MEGABYTE)])
+        server.model.will(calls(("python", {"code": "write()"})), says("Done."))
+        assert (await server.run("compute", tools=[{"type": "code_interpreter"}])).status == "completed"
+        assert "[Not kept, because it is too much: large.txt" in server.model.requests[-1].messages[-1]["content"]
+        assert [file["filename"] for file in (await wire.read("/files"))["data"]] == ["small.txt"]
 
 
 async def test_processes_share_what_is_left(start_server: ServerFactory, connect: Any, tmp_path: Path):
