@@ -152,7 +152,7 @@ class Access:
         own = next((held for held in self._limits.holders(caller.project, caller.key_id) if held.key_id), None)
         holders = [Holder(project, "", limits)]
         if own is not None:
-            holders.append(own)
+            holders.append(own._replace(project=project))
         self._limits.believe(project, caller.key_id, *holders)
         return caller._replace(project=project)
 

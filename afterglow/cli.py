@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from afterglow import __version__, telemetry
-from afterglow.cli_access import add_access_commands
+from afterglow.cli_access import add_access_commands, named_project
 from afterglow.commands import add_command as _command
 from afterglow.commands import add_data_flags as _data_flags
 from afterglow.commands import load_settings as _load
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (backup, restore, reindex):
         _data_flags(command)
     for command in (importing, exporting):
-        command.add_argument("--project", default="default", help="the project they belong to (default: default)")
+        command.add_argument("--project", default="default", help="whose they are, by id or name (default: default)")
         _data_flags(command)
     return parser
 
@@ -171,26 +171,31 @@ def _version(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
+    from afterglow.audit import operator
+    from afterglow.projects import name_project
     from afterglow.transfer import import_objects
 
+    project = named_project(options)
     report = _with_store(
         options,
-        lambda store: import_objects(store, options.project, options.paths, dry_run=options.dry_run),
+        lambda store: import_objects(store, project, options.paths, dry_run=options.dry_run),
     )
     for line in report.lines():
         print(line)
     if not options.dry_run:
-        _note(options, "data.imported", options.project, {"paths": [path.name for path in options.paths]})
+        _with_store(options, lambda store: name_project(store, time.time(), operator(), project))
+        _note(options, "data.imported", project, {"paths": [path.name for path in options.paths]})
     return 0 if report.ok else 1
 
 
 def _export(options: argparse.Namespace) -> int:
     from afterglow.transfer import export_objects
 
-    report = _with_store(options, lambda store: export_objects(store, options.project, options.path))
+    project = named_project(options)
+    report = _with_store(options, lambda store: export_objects(store, project, options.path))
     for line in report.lines():
         print(line)
-    _note(options, "data.exported", options.project, {"path": options.path.name})
+    _note(options, "data.exported", project, {"path": options.path.name})
     return 0 if report.ok else 1
 
 

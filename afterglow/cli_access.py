@@ -122,6 +122,17 @@ async def _project_id(store: Store, name: str) -> str:
     return found[0].id
 
 
+def named_project(options: argparse.Namespace) -> str:
+    """The id of the project of `--project`; of one that nobody has made, its name. Raises ConfigError."""
+    from afterglow.rows.projects import find_projects
+
+    async def find(store: Store) -> str:
+        found = await store.read(lambda tx: find_projects(tx, options.project))
+        return await _project_id(store, options.project) if found else str(options.project)
+
+    return with_store(options, find)
+
+
 # --- keys ------------------------------------------------------------------------------------------------------
 
 

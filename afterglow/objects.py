@@ -911,7 +911,7 @@ class UploadPart(Struct, kw_only=True):
 
 class Deleted(Struct, kw_only=True):
     """object: assistant.deleted, thread.deleted, thread.message.deleted, vector_store.deleted,
-    vector_store.file.deleted or file."""
+    vector_store.file.deleted, organization.project.api_key.deleted or file."""
 
     id: str
     object: str
