@@ -18,7 +18,19 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from afterglow.access import Access, check_exposure
-from afterglow.api import about, assistants, bills, files, inspection, runs, threads, uploads, vector_stores, webhooks
+from afterglow.api import (
+    about,
+    assistants,
+    bills,
+    files,
+    inspection,
+    organization,
+    runs,
+    threads,
+    uploads,
+    vector_stores,
+    webhooks,
+)
 from afterglow.api import models as models_api
 from afterglow.api.description import describe
 from afterglow.api.edge import METRICS_PATH, Edge
@@ -43,11 +55,13 @@ from afterglow.events.local import LocalEvents
 from afterglow.files import sweep_blobs, tidy_files
 from afterglow.ingest.parse import Parsers
 from afterglow.ingest.pipeline import Parser, Pipeline
+from afterglow.limits import Limiter
 from afterglow.llm import Models
 from afterglow.metrics import Metrics
 from afterglow.offline import OfflineModel
 from afterglow.outbound import GuardedClient, GuardedFetcher
 from afterglow.queue.local import LocalQueue
+from afterglow.quotas import share_rates
 from afterglow.rows.moves import unfinished_move
 from afterglow.rows.requests import mark_answered
 from afterglow.rows.runs import release_leases
@@ -71,6 +85,7 @@ from afterglow.threads import gone_event
 Part = Literal["all", "api", "worker"]
 STORE = "/vector_stores/{vector_store_id}"
 ENDPOINT = "/webhook_endpoints/{endpoint_id}"
+PROJECT = "/organization/projects/{project_id}"
 # (method, path below /v1, what answers it)
 ROUTES = [
     ("POST", "/assistants", assistants.create_assistant),
@@ -142,6 +157,17 @@ ROUTES = [
     ("GET", f"{ENDPOINT}/deliveries/{{delivery_id}}", webhooks.retrieve_webhook_delivery),
     ("POST", f"{ENDPOINT}/deliveries/{{delivery_id}}/resend", webhooks.resend_webhook_delivery),
     ("GET", "/webhook_event_types", webhooks.list_webhook_event_types),
+    ("GET", "/organization/projects", organization.list_projects),
+    ("POST", "/organization/projects", organization.create_project),
+    ("GET", PROJECT, organization.retrieve_project),
+    ("POST", PROJECT, organization.modify_project),
+    ("POST", f"{PROJECT}/archive", organization.archive_project),
+    ("GET", f"{PROJECT}/api_keys", organization.list_keys),
+    ("POST", f"{PROJECT}/api_keys", organization.create_key),
+    ("GET", f"{PROJECT}/api_keys/{{key_id}}", organization.retrieve_key),
+    ("POST", f"{PROJECT}/api_keys/{{key_id}}", organization.modify_key),
+    ("DELETE", f"{PROJECT}/api_keys/{{key_id}}", organization.delete_key),
+    ("GET", "/organization/audit_logs", organization.list_audit_logs),
     ("GET", "/models", models_api.list_models),
     ("GET", "/models/{model:path}", models_api.retrieve_model),
     ("DELETE", "/models/{model:path}", models_api.delete_model),
@@ -337,6 +363,7 @@ class Application:
         self.worker = worker
         self.pipeline = pipeline
         self.deliveries = Deliveries(house)
+        self._access = access
         self._answered: list[tuple[str, str]] = []
         self._tasks: list[asyncio.Task[None]] = []
         router = Router(_routes(), redirect_slashes=False, default=_no_route)
@@ -379,6 +406,9 @@ class Application:
         while True:
             await asyncio.sleep(ANSWERED_FLUSH_S)
             await self._mark()
+            await share_rates(self.house)
+            with contextlib.suppress(StoreError):
+                await self._access.write_uses()
 
     async def _mark(self) -> None:
         if not self._answered:
@@ -413,6 +443,7 @@ class Application:
         for task in self._tasks:
             task.cancel()
         await self._mark()
+        await share_rates(self.house)
         if self.house.embedder is not None:
             await self.house.embedder.close()
         if self.house.mcp is not None:
@@ -524,6 +555,7 @@ async def _build(
         code_engine=code_engine,
         index=await _open_index(settings, opened),
         embedder=embedder,
+        limits=Limiter(shared=bool(settings.database_url)),
         metrics=metrics,
         traces=build_traces(settings),
         mcp=build_mcp(settings, outbound),
@@ -535,7 +567,9 @@ async def _build(
         await _take_over(house)
     if settings.assistants:
         await declare_assistants(house, settings.assistants)
-    access = Access(settings, store, clock)
+    access = Access(settings, store, clock, house.limits)
+    if part != "worker":
+        await access.ensure_projects()
     return Application(settings, house, Worker(house), Pipeline(house, parser), access)
 
 

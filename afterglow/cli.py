@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import os
 import sqlite3
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from afterglow import __version__, settings, telemetry
-from afterglow.contracts import Store
+from afterglow import __version__, telemetry
+from afterglow.cli_access import add_access_commands, named_project
+from afterglow.commands import add_command as _command
+from afterglow.commands import add_data_flags as _data_flags
+from afterglow.commands import load_settings as _load
+from afterglow.commands import with_store as _with_store
 from afterglow.errors import AfterglowError
+from afterglow.objects import Json
 from afterglow.settings import Settings
-
-T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _setting_flags(doctor)
 
     _command(commands, "version", _version, "print the version")
-    _keys_commands(commands)
+    add_access_commands(commands)
     _sandbox_commands(commands)
 
     importing = _command(commands, "import", _import, "take over assistants, threads and messages from files")
@@ -89,14 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     for command in (backup, restore, reindex):
         _data_flags(command)
     for command in (importing, exporting):
-        command.add_argument("--project", default="default", help="the project they belong to (default: default)")
+        command.add_argument("--project", default="default", help="whose they are, by id or name (default: default)")
         _data_flags(command)
-    return parser
-
-
-def _command(commands: Any, name: str, act: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
-    parser.set_defaults(act=act)
     return parser
 
 
@@ -113,25 +109,6 @@ def _setting_flags(parser: argparse.ArgumentParser) -> None:
         else:
             flag = "--" + row.name.replace("_", "-")
             parser.add_argument(flag, metavar=row.name.upper(), help=row.metadata["help"].replace("%", "%%"))
-
-
-def _data_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
-    parser.add_argument("--data", metavar="DIR", help="the data folder")
-    parser.add_argument("--database-url", metavar="URL", help="the Postgres that stands in its place")
-
-
-def _keys_commands(commands: Any) -> None:
-    keys = commands.add_parser("keys", help="make, list and revoke API keys", allow_abbrev=False)
-    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
-    create = _command(actions, "create", _keys_create, "make a key and print it, once")
-    create.add_argument("--project", default="default", help="what the key may see (default: default)")
-    create.add_argument("--name", default="", help="a note on what the key is for")
-    listing = _command(actions, "list", _keys_list, "list the keys, without their secrets")
-    revoke = _command(actions, "revoke", _keys_revoke, "make a key worthless, within a second")
-    revoke.add_argument("key_id", metavar="KEY_ID", help="as `keys list` shows it")
-    for command in (create, listing, revoke):
-        _data_flags(command)
 
 
 def _sandbox_commands(commands: Any) -> None:
@@ -153,12 +130,6 @@ def _sandbox_commands(commands: Any) -> None:
     for command in (setup, check, serve, apparmor):
         command.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
         command.add_argument("--sandbox-env", metavar="DIR", help="the folder of the packages")
-
-
-def _load(options: argparse.Namespace) -> Settings:
-    known = {row.name for row in dataclasses.fields(Settings)}
-    flags = {name: value for name, value in vars(options).items() if name in known}
-    return settings.load(flags, config=options.config)
 
 
 # --- the commands ----------------------------------------------------------------------------------------------
@@ -199,56 +170,32 @@ def _version(options: argparse.Namespace) -> int:
     return 0
 
 
-def _keys_create(options: argparse.Namespace) -> int:
-    from afterglow.access import new_key
-    from afterglow.rows.keys import insert_key
-
-    secret, row, key_hash = new_key(options.project, options.name, int(time.time()))
-    _with_store(options, lambda store: store.write(lambda tx: insert_key(tx, options.project, row, key_hash)))
-    print(secret)
-    print(f"This is {row.id} of project {options.project}. It is shown this once.", file=sys.stderr)
-    return 0
-
-
-def _keys_list(options: argparse.Namespace) -> int:
-    from afterglow.rows.keys import list_keys
-
-    for row in _with_store(options, lambda store: store.read(list_keys)):
-        made = time.strftime("%Y-%m-%d", time.gmtime(row.created_at))
-        state = "revoked" if row.revoked_at else "valid"
-        print(f"{row.id}  {row.hint}  {row.project_id}  {made}  {state}  {row.name}".rstrip())
-    return 0
-
-
-def _keys_revoke(options: argparse.Namespace) -> int:
-    from afterglow.rows.keys import revoke_key
-
-    now = int(time.time())
-    if _with_store(options, lambda store: store.write(lambda tx: revoke_key(tx, options.key_id, now))):
-        print(f"{options.key_id} is revoked.")
-        return 0
-    print(f"afterglow: there is no valid key {options.key_id}.", file=sys.stderr)
-    return 1
-
-
 def _import(options: argparse.Namespace) -> int:
+    from afterglow.audit import operator
+    from afterglow.projects import name_project
     from afterglow.transfer import import_objects
 
+    project = named_project(options)
     report = _with_store(
         options,
-        lambda store: import_objects(store, options.project, options.paths, dry_run=options.dry_run),
+        lambda store: import_objects(store, project, options.paths, dry_run=options.dry_run),
     )
     for line in report.lines():
         print(line)
+    if not options.dry_run:
+        _with_store(options, lambda store: name_project(store, time.time(), operator(), project))
+        _note(options, "data.imported", project, {"paths": [path.name for path in options.paths]})
     return 0 if report.ok else 1
 
 
 def _export(options: argparse.Namespace) -> int:
     from afterglow.transfer import export_objects
 
-    report = _with_store(options, lambda store: export_objects(store, options.project, options.path))
+    project = named_project(options)
+    report = _with_store(options, lambda store: export_objects(store, project, options.path))
     for line in report.lines():
         print(line)
+    _note(options, "data.exported", project, {"path": options.path.name})
     return 0 if report.ok else 1
 
 
@@ -256,6 +203,7 @@ def _backup(options: argparse.Namespace) -> int:
     from afterglow.backup import back_up
 
     back_up(_load(options), options.path, partial(print, flush=True))
+    _note(options, "data.backed_up", "", {"path": options.path.name})
     return 0
 
 
@@ -263,7 +211,15 @@ def _restore(options: argparse.Namespace) -> int:
     from afterglow.backup import restore
 
     restore(_load(options), options.path, partial(print, flush=True))
+    _note(options, "data.restored", "", {"path": options.path.name})
     return 0
+
+
+def _note(options: argparse.Namespace, type: str, project: str, details: Json) -> None:
+    """Note in the audit log what a command has done. project: "" for all of them."""
+    from afterglow.audit import note, operator
+
+    _with_store(options, lambda store: note(store, operator(), type, project, details))
 
 
 def _migrate(options: argparse.Namespace) -> int:
@@ -316,17 +272,6 @@ def _sandbox_apparmor(options: argparse.Namespace) -> int:
     else:
         apparmor.add_profile(packages.describe(packages.environment(_load(options))), print)
     return 0
-
-
-def _with_store(options: argparse.Namespace, act: Callable[[Store], Awaitable[T]]) -> T:
-    """Work on the data folder's database, beside a running server if there is one."""
-    from afterglow.app import open_store
-
-    async def run() -> T:
-        async with open_store(_load(options)) as store:
-            return await act(store)
-
-    return asyncio.run(run())
 
 
 if __name__ == "__main__":

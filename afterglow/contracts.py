@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import msgspec
 
 from afterglow.calibration import Calibration
+from afterglow.limits import Limiter
 from afterglow.metrics import Metrics
 from afterglow.objects import AttributeValue, Filter, Usage
 from afterglow.settings import Settings
@@ -800,7 +801,8 @@ class House:
     store's. webhook_queue: wakes who delivers webhooks. locks: whoever writes to the index of a store holds that of
     its id, see `ingest/upkeep.py`. embedder: None searches words alone. metrics: what `/metrics` shows of this process.
     traces: None keeps none. mcp: None when no MCP server may be asked. run_memory: only where no other process can
-    change a run. calibration: of what runs of this process estimate.
+    change a run. calibration: of what runs of this process estimate. limits: what callers
+    may still do in this minute.
     """
 
     settings: Settings
@@ -818,6 +820,7 @@ class House:
     index: SearchIndex
     locks: Locks
     embedder: Embedder | None = None
+    limits: Limiter = field(default_factory=Limiter)
     metrics: Metrics = field(default_factory=Metrics)
     traces: Traces | None = None
     mcp: McpServers | None = None

@@ -110,14 +110,17 @@ class BadToolOutputs(InvalidRequest):
 
 
 class Unauthorized(ApiError):
-    """No key, or one that is not known here. Wire: HTTP 401, type `invalid_request_error`."""
+    """No key, one that is not known here, or one of another project or an archived one.
+
+    Wire: HTTP 401, type `invalid_request_error`.
+    """
 
     status = 401
     type = "invalid_request_error"
 
 
 class Forbidden(ApiError):
-    """The request came from an origin or for a host that is not allowed. Wire: HTTP 403."""
+    """The request came from an origin or for a host that is not allowed, or its key lacks a scope. Wire: HTTP 403."""
 
     status = 403
     type = "invalid_request_error"

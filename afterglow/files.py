@@ -19,6 +19,7 @@ from afterglow.contracts import House, Transaction
 from afterglow.errors import BlobMissing, NotFound, StoreError, StoreUnavailable
 from afterglow.ids import new_id
 from afterglow.objects import File, Json
+from afterglow.quotas import check_storage
 from afterglow.rows import assistants as assistant_rows
 from afterglow.rows import files as file_rows
 from afterglow.rows import threads as thread_rows
@@ -132,8 +133,11 @@ async def insert_file(
         filename=new.filename,
         purpose=new.purpose,
     )
+    key_id = origin.key_id if origin is not None else ""
+    if origin is not None:
+        await check_storage(tx, house, project, key_id, stored.size_bytes)
     await keep(tx, stored)
-    await file_rows.insert_file(tx, project, file, stored.loose.blob, round(now * 1_000_000))
+    await file_rows.insert_file(tx, project, file, stored.loose.blob, round(now * 1_000_000), key_id)
     if origin is not None:
         await insert_request(tx, project, origin, file.id, file.created_at)
     return file

@@ -218,6 +218,10 @@ class CreateToolResources(Body):
 
 Count = Annotated[int, Meta(ge=0)]
 Days = Annotated[int, Meta(ge=1)]
+ProjectName = Annotated[str, Meta(min_length=1, max_length=256)]
+KeyName = Annotated[str, Meta(max_length=256)]
+KeyScope = Literal["read", "write", "admin"]
+MAX_KEY_LIFE_S = 100 * 365 * 24 * 3600
 Money = Annotated[float, Meta(ge=0)]
 
 
@@ -264,6 +268,87 @@ class ProjectSettings(Body):
     limits: Limits = msgspec.field(default_factory=Limits)
     retention: Retention = msgspec.field(default_factory=Retention)
     budget: Budget = msgspec.field(default_factory=Budget)
+
+
+class ModifyProjectSettings(Body):
+    """Each part that is given takes the place of the one that was there."""
+
+    limits: Limits | UnsetType = UNSET
+    retention: Retention | UnsetType = UNSET
+    budget: Budget | UnsetType = UNSET
+
+
+class CreateProject(Body):
+    name: ProjectName
+    settings: ProjectSettings = msgspec.field(default_factory=ProjectSettings)
+
+
+class ModifyProject(Body):
+    name: ProjectName | UnsetType = UNSET
+    settings: ModifyProjectSettings | UnsetType = UNSET
+
+
+class Project(Struct, kw_only=True):
+    """settings: ours, beside what the original has."""
+
+    id: str
+    object: Literal["organization.project"] = "organization.project"
+    name: str
+    created_at: int
+    archived_at: int | None = None
+    status: Literal["active", "archived"] = "active"
+    settings: ProjectSettings = msgspec.field(default_factory=ProjectSettings)
+
+
+# --- keys and the audit log ------------------------------------------------------------------------------------
+
+
+class CreateApiKey(Body):
+    """expires_in_seconds: from now; None: never. limits: beside those of the project."""
+
+    name: KeyName = ""
+    scopes: Annotated[list[KeyScope], Meta(min_length=1)] = msgspec.field(default_factory=lambda: ["read", "write"])
+    expires_in_seconds: Annotated[int, Meta(ge=1, le=MAX_KEY_LIFE_S)] | None = None
+    limits: Limits = msgspec.field(default_factory=Limits)
+
+
+class ModifyApiKey(Body):
+    scopes: Annotated[list[KeyScope], Meta(min_length=1)] | UnsetType = UNSET
+    expires_in_seconds: Annotated[int, Meta(ge=1, le=MAX_KEY_LIFE_S)] | UnsetType | None = UNSET
+    limits: Limits | UnsetType = UNSET
+
+
+class ApiKey(Struct, kw_only=True):
+    """A key without its secret. scopes and limits: ours, beside what the original has."""
+
+    object: Literal["organization.project.api_key"] = "organization.project.api_key"
+    id: str
+    name: str
+    redacted_value: str
+    created_at: int
+    last_used_at: int | None = None
+    expires_at: int | None = None
+    owner: Json
+    owner_project_access: Literal["active", "inactive"] = "active"
+    scopes: list[KeyScope]
+    limits: Limits
+
+
+class CreatedApiKey(ApiKey, kw_only=True):
+    """value: the key itself, shown this once."""
+
+    value: str
+
+
+class AuditLog(Struct, kw_only=True):
+    """An administrative act. What was done is under a key that is named as its `type`."""
+
+    id: str
+    object: Literal["organization.audit_log"] = "organization.audit_log"
+    type: str
+    effective_at: int
+    project: Json
+    actor: Json
 
 
 # --- assistants ------------------------------------------------------------------------------------------------
@@ -973,7 +1058,7 @@ class WebhookTestResult(Struct, kw_only=True):
 
 class Deleted(Struct, kw_only=True):
     """object: assistant.deleted, thread.deleted, thread.message.deleted, vector_store.deleted,
-    vector_store.file.deleted or file."""
+    vector_store.file.deleted, organization.project.api_key.deleted or file."""
 
     id: str
     object: str

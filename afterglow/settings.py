@@ -128,7 +128,10 @@ class Settings:
     log_format: str = setting("text", "`text` or `json`, on stderr.", flag=True)
     log_level: str = setting("info", "`debug`, `info`, `warning` or `error`.", flag=True)
     api_keys: tuple[str, ...] = setting(
-        (), "Keys accepted beside those of `afterglow keys`, comma-separated; `key` or `key:project`.", secret=True
+        (),
+        "Keys accepted beside those of `afterglow keys`, comma-separated; `key`, `key:project` or"
+        " `key:project:read+write+admin`.",
+        secret=True,
     )
     allowed_origins: tuple[str, ...] = setting(
         (), "Web origins whose pages may call this server, comma-separated. None by default."

@@ -33,6 +33,7 @@ from afterglow.objects import (
     Thread,
     ToolResources,
 )
+from afterglow.quotas import check_active_runs
 from afterglow.rows import events as event_rows
 from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
@@ -160,6 +161,7 @@ async def insert_run_on_thread(
 ) -> tuple[Happened | None, Happened]:
     """What is written of a new run: an overdue one that it replaces is expired. Raises NotFound or ThreadBusy."""
     expired = await free_thread(tx, house, project, thread_id)
+    await check_active_runs(tx, house, project, query.key_id)
     now = int(house.clock.now())
     await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
     return expired, await insert_run(tx, house, project, thread_id, body, query)
@@ -172,6 +174,7 @@ async def insert_thread_and_run(
     body: CreateThreadAndRun,
     query: RunQuery,
 ) -> tuple[Thread, Happened]:
+    await check_active_runs(tx, house, project, query.key_id)
     thread = await insert_thread(tx, house, project, body.thread or CreateThread())
     resources = await checked_resources(tx, house, project, body.tool_resources)
     return thread, await insert_run(tx, house, project, thread.id, body, query, resources)

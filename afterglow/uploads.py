@@ -17,6 +17,7 @@ from afterglow.errors import BlobMissing, InvalidRequest, NotFound
 from afterglow.files import NewFile, delete_loose, insert_file, keep, storing
 from afterglow.ids import new_id
 from afterglow.objects import CompleteUpload, Upload, UploadPart
+from afterglow.quotas import check_storage
 from afterglow.rows import uploads as upload_rows
 from afterglow.rows.files import LooseBlob, insert_loose_blob
 from afterglow.rows.requests import Origin, insert_request
@@ -74,6 +75,7 @@ async def create_part(
             most = house.settings.max_upload_mb * MEGABYTE
             if await upload_rows.get_size(tx, project, upload_id) + stored.size_bytes > most:
                 raise InvalidRequest(f"The parts of an upload can have {house.settings.max_upload_mb} MB together.")
+            await check_storage(tx, house, project, origin.key_id, stored.size_bytes)
             await keep(tx, stored)
             await upload_rows.insert_part(tx, project, upload_id, Part(part.id, stored.size_bytes, stored.loose.blob))
             await insert_request(tx, project, origin, part.id, part.created_at)
@@ -111,8 +113,10 @@ async def _put_together(house: House, project: str, whole: _Whole, md5: str, ori
         async def work(tx: Transaction) -> list[LooseBlob]:
             still = await _upload(tx, project, upload.id)
             _check_pending(still.upload.status, "complete")  # its time may have come meanwhile
+            loose = await _close(tx, house, project, upload, "completed")  # first: its parts count no more
             upload.file = await insert_file(tx, house, stored, NewFile(upload.filename, upload.purpose, life_s), origin)
-            return await _close(tx, house, project, upload, "completed")
+            await upload_rows.update_upload(tx, project, upload)
+            return loose
 
         loose = await house.store.write(work)
     await delete_loose(house, loose)

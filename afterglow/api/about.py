@@ -15,7 +15,7 @@ from afterglow.contracts import House
 from afterglow.errors import StoreError, Unavailable
 from afterglow.metrics import CONTENT_TYPE
 from afterglow.rows.backlog import count_backlog
-from afterglow.rows.keys import try_writing
+from afterglow.rows.projects import try_writing
 
 DATABASE_TIMEOUT_S = 2.0  # of a scrape, which must not wait for a database that is silent
 HOST_PATH = re.compile(r"(?<![\w.~/])~?/(?!proc/|sys/|mnt/data)[\w.+~-]+(?:/[\w.+~-]*)*")

@@ -22,6 +22,7 @@ from afterglow.api import (
     files,
     inspection,
     models,
+    organization,
     runs,
     threads,
     uploads,
@@ -36,13 +37,18 @@ from afterglow.objects import (
     INCLUDE_FILE_SEARCH_CONTENT,
     TOOL_TIMEOUT_S,
     VENDOR_KEYS,
+    ApiKey,
     Assistant,
     Attachment,
+    AuditLog,
     Body,
     CompleteUpload,
+    CreateApiKey,
     CreateAssistant,
+    CreatedApiKey,
     CreateFileBatch,
     CreateMessage,
+    CreateProject,
     CreateRun,
     CreateThread,
     CreateThreadAndRun,
@@ -56,13 +62,16 @@ from afterglow.objects import (
     Json,
     Message,
     Model,
+    ModifyApiKey,
     ModifyAssistant,
     ModifyMessage,
+    ModifyProject,
     ModifyRun,
     ModifyThread,
     ModifyVectorStore,
     ModifyVectorStoreFile,
     ModifyWebhookEndpoint,
+    Project,
     ResponseFormat,
     RotateWebhookSecret,
     Run,
@@ -86,6 +95,7 @@ from afterglow.objects import (
     WebhookEventTypes,
     WebhookTestResult,
 )
+from afterglow.rows.audit import COMPARISONS
 from afterglow.rows.spend import GROUPS, METADATA
 from afterglow.runs.ledger import Ledger
 from afterglow.runs.past_prompt import StepPrompt
@@ -120,6 +130,13 @@ CURSOR = ("limit", "order", "after", "before")
 INCLUDE = ("include[]",)
 LIMITS = ("max_total_tokens", "max_cost", "dry_run")
 COSTS = ("group_by", "start_time", "end_time", "bucket_width", "limit of costs", "page", "format")
+ACTS = (
+    *(f"effective_at[{name}]" for name in COMPARISONS),
+    "event_types[]",
+    "project_ids[]",
+    "actor_ids[]",
+    "resource_ids[]",
+)
 UPLOAD: Json = {
     "type": "object",
     "properties": {
@@ -207,6 +224,17 @@ SHAPES: dict[Endpoint, Shape] = {
     inspection.list_chunks: Shape(query=("limit", "after"), list_of=VectorStoreChunk),
     inspection.explain_search: Shape(SearchVectorStore, SearchExplanation),
     inspection.list_citations: Shape(list_of=Citation),
+    organization.list_projects: Shape(query=(*CURSOR, "include_archived"), list_of=Project),
+    organization.create_project: Shape(CreateProject, Project),
+    organization.retrieve_project: Shape(answer=Project),
+    organization.modify_project: Shape(ModifyProject, Project),
+    organization.archive_project: Shape(answer=Project),
+    organization.list_keys: Shape(query=CURSOR, list_of=ApiKey),
+    organization.create_key: Shape(CreateApiKey, CreatedApiKey),
+    organization.retrieve_key: Shape(answer=ApiKey),
+    organization.modify_key: Shape(ModifyApiKey, ApiKey),
+    organization.delete_key: Shape(deleted="organization.project.api_key.deleted"),
+    organization.list_audit_logs: Shape(query=(*CURSOR, *ACTS), list_of=AuditLog),
     models.list_models: Shape(list_of=Model),
     models.retrieve_model: Shape(answer=Model),
     models.delete_model: Shape(),
@@ -280,6 +308,12 @@ QUERY: dict[str, Json] = {
     },
     "page": {"schema": TEXT, "description": "The `next_page` of an earlier answer."},
     "format": {"schema": {"enum": list(bills.FORMATS), "default": bills.FORMATS[0]}},
+    "include_archived": {"schema": {"type": "boolean", "default": False}},
+    **{f"effective_at[{name}]": {"schema": {"type": "integer", "minimum": 0}} for name in COMPARISONS},
+    **{
+        f"{name}[]": {"schema": {"type": "array", "items": TEXT, "maxItems": organization.MAX_VALUES}}
+        for name in ("event_types", "project_ids", "actor_ids", "resource_ids")
+    },
     "metadata": {"style": "deepObject", "explode": True, "schema": {"type": "object", "additionalProperties": TEXT}},
 }
 

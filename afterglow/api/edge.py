@@ -1,7 +1,7 @@
 """The HTTP edge: every request comes in through here, and every error goes out.
 
-In order: request id, root path, host and origin, route, key, beta header, size of the body. What a route raises
-becomes the API's error body here and nowhere else.
+In order: request id, root path, host and origin, route, key, its scope, limits, beta header, size of the body. What a
+route raises becomes the API's error body here and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afterglow import telemetry
-from afterglow.access import Access
+from afterglow.access import ADMIN_PATHS, Access, check_scope
 from afterglow.contracts import House
 from afterglow.errors import (
     ApiError,
@@ -97,8 +97,12 @@ class Edge:
             if not path.startswith(API_PREFIXES) and path != METRICS_PATH:
                 raise self._no_such_path(scope["method"], path)
             caller = await self._access.caller(headers)
+            check_scope(caller, scope["method"], path)
+            if path.startswith(API_PREFIXES) and not path.startswith(ADMIN_PATHS):
+                now = self._house.clock.now()
+                exchange.told = self._house.limits.admit(caller.project, caller.key_id, scope["method"], path, now)
             _check_beta(headers)
-            state["project"], state["key_id"] = caller
+            state["project"], state["key_id"] = caller.project, caller.key_id
         await self._app(scope, self._limited(receive, headers, path), exchange.send)
         if state["creates"] and exchange.status < 400:
             self._on_answered(state["project"], exchange.request_id)
@@ -160,7 +164,7 @@ class Edge:
 class _Exchange:
     """One request's answer: its id, when it began, and what was sent of it."""
 
-    __slots__ = ("_began", "_metrics", "_scope", "_send", "request_id", "started", "status")
+    __slots__ = ("_began", "_metrics", "_scope", "_send", "request_id", "started", "status", "told")
 
     def __init__(self, send: Send, scope: Scope, metrics: Metrics) -> None:
         self._send = send
@@ -170,6 +174,7 @@ class _Exchange:
         self.request_id = "req_" + secrets.token_hex(16)
         self.started = False
         self.status = 0
+        self.told: dict[str, str] = {}
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
@@ -182,6 +187,8 @@ class _Exchange:
                 (b"x-request-id", self.request_id.encode()),
                 (b"openai-processing-ms", b"%d" % took_ms),
                 (b"openai-version", b"2020-10-01"),
+                (b"openai-organization", b"afterglow"),
+                *((name.encode(), value.encode()) for name, value in self.told.items()),
             ]
             log.debug("%d in %d ms", self.status, took_ms)
             route = getattr(self._scope.get("route"), "path", None)

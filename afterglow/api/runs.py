@@ -82,6 +82,7 @@ def _read_query(request: Request) -> lifecycle.RunQuery:
     timeout = query_value(request, "tool_timeout_s")
     return lifecycle.RunQuery(
         read_include(request),
+        request.state.key_id,
         None if timeout is None else read_seconds("tool_timeout_s", timeout, *TOOL_TIMEOUT_S),
         *read_limits(request),
     )

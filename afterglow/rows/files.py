@@ -83,10 +83,10 @@ async def count_files(tx: Transaction, project: str) -> int:
     return int(rows[0][0])
 
 
-async def insert_file(tx: Transaction, project: str, file: File, blob: str, seq: int) -> None:
+async def insert_file(tx: Transaction, project: str, file: File, blob: str, seq: int, key_id: str = "") -> None:
     await tx.execute(
-        "INSERT INTO files (project_id, id, seq, created_at, expires_at, purpose, blob, object)"
-        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
+        "INSERT INTO files (project_id, id, seq, created_at, expires_at, purpose, blob, object, key_id, size_bytes)"
+        " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
         project,
         file.id,
         seq,
@@ -95,6 +95,8 @@ async def insert_file(tx: Transaction, project: str, file: File, blob: str, seq:
         file.purpose,
         blob,
         msgspec.json.encode(file).decode(),
+        key_id,
+        file.bytes,
     )
 
 

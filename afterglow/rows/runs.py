@@ -30,7 +30,8 @@ class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class RunRow(msgspec.Struct, kw_only=True):
-    """One run. spent: tokens used so far. deadline: Unix seconds. seq: its place among the thread's runs."""
+    """One run. spent: tokens used so far. deadline: Unix seconds. seq: its place among the thread's runs. key_id: of
+    the key that created it."""
 
     project: str
     run: Run
@@ -39,13 +40,14 @@ class RunRow(msgspec.Struct, kw_only=True):
     attempt: int
     deadline: int
     seq: int = 0
+    key_id: str = ""
 
 
-_COLUMNS = "project_id, object, asked, spent, attempt, deadline, seq"
+_COLUMNS = "project_id, object, asked, spent, attempt, deadline, seq, key_id"
 
 
-def _row(columns: tuple[str, str, str, str, int, int, int]) -> RunRow:
-    project, text, asked, spent, attempt, deadline, seq = columns
+def _row(columns: tuple[str, str, str, str, int, int, int, str]) -> RunRow:
+    project, text, asked, spent, attempt, deadline, seq, key_id = columns
     return RunRow(
         project=project,
         run=msgspec.json.decode(text, type=Run),
@@ -54,6 +56,7 @@ def _row(columns: tuple[str, str, str, str, int, int, int]) -> RunRow:
         attempt=attempt,
         deadline=deadline,
         seq=seq,
+        key_id=key_id,
     )
 
 
@@ -134,7 +137,7 @@ async def insert_run(tx: Transaction, row: RunRow) -> None:
     run = row.run
     await tx.execute(
         "INSERT INTO runs (project_id, thread_id, id, seq, created_at, assistant_id, status, holds_thread, deadline,"
-        " asked, spent, object) VALUES ($1, $2, $3, $4, $5, $6, $7, 1, $8, $9, $10, $11)",
+        " asked, spent, object, key_id) VALUES ($1, $2, $3, $4, $5, $6, $7, 1, $8, $9, $10, $11, $12)",
         row.project,
         run.thread_id,
         run.id,
@@ -146,6 +149,7 @@ async def insert_run(tx: Transaction, row: RunRow) -> None:
         msgspec.json.encode(row.asked).decode(),
         msgspec.json.encode(row.spent).decode(),
         msgspec.json.encode(run).decode(),
+        row.key_id,
     )
 
 

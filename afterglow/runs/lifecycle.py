@@ -80,13 +80,14 @@ def tell(house: House, happened: Happened | None) -> None:
 
 
 class RunQuery(NamedTuple):
-    """What the query of a request asks of the run that it creates.
+    """What a request says of the run that it creates, beside the body.
 
-    tool_timeout_s: how long each call waits for its output. max_total_tokens, max_cost: what the run may take of the
-    model, prompts and answers together; money in the operator's currency.
+    key_id: of whoever asks. tool_timeout_s: how long each call waits for its output. max_total_tokens, max_cost: what
+    the run may take of the model, prompts and answers together; money in the operator's currency.
     """
 
     include: list[str]
+    key_id: str = ""
     tool_timeout_s: float | None = None
     max_total_tokens: int | None = None
     max_cost: float | None = None
@@ -109,7 +110,10 @@ def new_run(
         response_format=_first(plain(body.response_format), row.asked.response_format),
         tool_choice=plain(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
-        **query._asdict(),
+        include=query.include,
+        tool_timeout_s=query.tool_timeout_s,
+        max_total_tokens=query.max_total_tokens,
+        max_cost=query.max_cost,
     )
     run = Run(
         id=new_id("run"),
@@ -197,6 +201,7 @@ async def insert_run(
         attempt=0,
         deadline=deadline,
         seq=place.seq,
+        key_id=query.key_id,
     )
     await run_rows.insert_run(tx, row)
     segment = Transcript(0).number([run_event(run, "created"), run_event(run)])

@@ -240,6 +240,8 @@ class Execution:
             with report.model_call(self.house, self.row, turn):
                 await self._listen(turn, committed)
                 turn.usage = (turn.end and turn.end.usage) or self._estimated_usage(turn)
+                spent = turn.usage.total_tokens
+                self.house.limits.spend(self.row.project, self.row.key_id, spent, self.house.clock.now())
         except ContextOverflow as overflow:
             if not self._can_truncate_again(overflow):
                 raise

@@ -20,6 +20,7 @@ from afterglow.contracts import CellEnd, CodeSession, House, Logs, Picture, Sand
 from afterglow.errors import LostLease, SandboxBusy, SandboxFull, SessionLost, StoreError
 from afterglow.files import read_file, store_output
 from afterglow.objects import File
+from afterglow.quotas import check_sandbox, note_sandbox, storage_left
 from afterglow.rows import files as file_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.assistants import get_assistant
@@ -101,12 +102,14 @@ class CodeInterpreter:
         session. Raises SandboxError when no session can be had; whatever happens in one is told in the text. Closing
         the generator stops the code within a second.
         """
+        await check_sandbox(self._house, row)
         key = row.project, row.run.thread_id
         opened = self._open.get(key)
         fresh = opened is None or not opened.session.alive
         if opened is None or fresh:
             opened = await self._open_session(row)
         opened.busy = True
+        began = self._house.clock.now()
         try:
             if fresh and seen:
                 yield RESTARTED
@@ -116,6 +119,7 @@ class CodeInterpreter:
         finally:
             opened.busy = False
             opened.used_at = self._house.clock.now()
+            await note_sandbox(self._house, row, opened.used_at - began)
 
     async def _run(
         self, row: RunRow, opened: _Open, files: list[PlacedFile], code: str
@@ -198,6 +202,8 @@ class CodeInterpreter:
         disk, key = self._house.settings.sandbox_disk_mb * 2**20, (row.project, row.run.thread_id)
         room = min(disk, KEPT_SESSIONS * disk - self._kept_bytes.get(key, 0))
         limit = self._house.settings.max_file_mb * 2**20
+        if changed and (left := await storage_left(self._house, row)) is not None:
+            room = min(room, left)
         dropped = []
         for number, file in enumerate(changed):
             opened.known[file.name] = (file.size_bytes, file.mtime_ns)

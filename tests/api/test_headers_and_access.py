@@ -192,7 +192,7 @@ async def test_projects_do_not_see_each_other(start_server: ServerFactory, conne
             "modify_thread": {"metadata": {"stolen": "yes"}},
         }
         for method, path, act in ROUTES:
-            if "_id}" not in path or act.__name__ in FORMS:
+            if "_id}" not in path or act.__name__ in FORMS or path.startswith("/organization"):
                 continue
             place = filled(path, **ids)
             answer = await theirs.ask(method, place, bodies.get(act.__name__))

@@ -102,11 +102,12 @@ async def lists(server: Server) -> Lists:
 
 
 def test_no_list_is_forgotten():
-    """The lists tested here are all there are, beside those of other sorts (files, chunks, citations), and batches'
-    files, which are read as those of their stores are."""
+    """The lists tested here are all there are, beside those of other sorts (files, chunks, citations), batches' files,
+    which are read as those of their stores are, and what administrators read."""
     routes = [act.__name__ for method, _, act in ROUTES if act.__name__.startswith("list_")]
     nouns = [name.removeprefix("list_").removesuffix("s").replace("_", " ") for name in routes]
-    assert {*nouns} == {*Lists("", "", "").by_noun, "model", "vector store file", "files of batch", "chunk", "citation"}
+    others = {"model", "vector store file", "files of batch", "chunk", "citation", "project", "key", "audit log"}
+    assert {*nouns} == {*Lists("", "", "").by_noun, *others}
 
 
 async def test_every_list_reads_its_query_alike(wire: Wire, lists: Lists):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import sqlite3
 import stat
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from afterglow import __version__, cli, doctor
+from afterglow.audit import operator
 from afterglow.contracts import EngineStatus
 from afterglow.sandbox import apparmor
 from afterglow.settings import PREFIX
@@ -120,7 +124,7 @@ def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]):
     listed = capsys.readouterr().out
     assert secret not in listed
     assert listed.split()[0] == key_id
-    assert listed.rstrip().endswith("valid  the shop")
+    assert listed.rstrip().endswith("valid  read,write  expires never  used never  the shop")
 
     assert cli.main(["keys", "revoke", key_id]) == 0
     assert cli.main(["keys", "revoke", key_id]) == 1
@@ -128,6 +132,55 @@ def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]):
     assert (out, err) == (f"{key_id} is revoked.\n", f"afterglow: there is no valid key {key_id}.\n")
     cli.main(["keys", "list"])
     assert "revoked" in capsys.readouterr().out
+
+
+def test_projects_are_made_changed_and_archived(capsys: pytest.CaptureFixture[str]):
+    """By id or name; what is said of the settings is checked; and every act is in the audit log, by whom it was."""
+
+    def said(*words: str) -> str:
+        assert cli.main(list(words)) == 0
+        return capsys.readouterr().out
+
+    project = said("projects", "create", "Blue team", "--limit", "storage_mb=10", "--budget", "day_cost=2.5").strip()
+    assert project.startswith("proj_")
+    said("keys", "create", "--project", "Blue team", "--scopes", "read", "--expires", "30d")
+    assert f"  {project}  " in said("keys", "list")
+    said("projects", "set", project, "--name", "Green", "--limit", "storage_mb=none", "--retention", "files_days=3")
+    shown = said("projects", "show", "Green")
+    assert "limits.storage_mb = none\n" in shown
+    assert "retention.files_days = 3\n" in shown
+    assert "budget.day_cost = 2.5\n" in shown
+    said("projects", "archive", "Green")
+    assert "  archived  Green\n" in said("projects", "list")
+    for words, why in (
+        (["show", "Blue team"], "There is no project 'Blue team'"),
+        (["set", "Green", "--limit", "storage=1"], "'storage=1': expected NAME=VALUE"),
+        (["set", "Green", "--limit", "storage_mb=-1"], "Expected `int` >= 0"),
+    ):
+        assert cli.main(["projects", *words]) == 1
+        assert why in capsys.readouterr().err
+    for words, why in (
+        (["--expires", "soon"], "expected a number and s, m, h or d"),
+        (["--scopes", "read,all"], "There is no scope 'all'"),
+        (["--project", "Green"], "is archived"),
+    ):
+        assert cli.main(["keys", "create", *words]) == 1
+        assert why in capsys.readouterr().err
+    with closing(sqlite3.connect("afterglow-data/afterglow.db")) as database:
+        acts = database.execute("SELECT type, object FROM audit_log ORDER BY seq").fetchall()
+    assert [kind for kind, _ in acts] == ["project.created", "api_key.created", "project.updated", "project.archived"]
+    assert {json.loads(act)["actor"]["session"]["user"]["id"] for _, act in acts} == {operator().id}
+
+
+def test_export_and_import_are_noted(capsys: pytest.CaptureFixture[str]):
+    """Both are acts in the audit log of the project they are about, which is there from then on; a dry run is none."""
+    Path("in.jsonl").write_text('{"object": "thread", "id": "thread_1", "created_at": 1}\n')
+    assert cli.main(["import", "in.jsonl", "--project", "blue", "--dry-run"]) == 0
+    assert cli.main(["import", "in.jsonl", "--project", "blue"]) == 0
+    assert cli.main(["export", "out.jsonl", "--project", "blue"]) == 0
+    with closing(sqlite3.connect("afterglow-data/afterglow.db")) as database:
+        acts = database.execute("SELECT project_id, type FROM audit_log ORDER BY seq").fetchall()
+    assert acts == [("blue", "project.created"), ("blue", "data.imported"), ("blue", "data.exported")]
 
 
 def test_keys_are_stored_hashed(capsys: pytest.CaptureFixture[str]):

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 
 from afterglow.access import Access, Caller, hash_key, is_loopback, mask, new_key, presented_key
 from afterglow.contracts import Store
-from afterglow.errors import Forbidden
+from afterglow.errors import Forbidden, StoreUnavailable
 from afterglow.settings import Settings
 from afterglow.testing import SetClock
 
@@ -152,9 +152,18 @@ def test_an_origin_may_call_or_not(allowed: tuple[str, ...], origin: str | None,
             access.check_origin(origin)
 
 
+class BrokenStore:
+    """A store that nobody can read."""
+
+    async def read(self, work: object) -> None:
+        raise StoreUnavailable("it is away")
+
+
 async def test_configured_keys_need_no_database():
-    """Keys of the settings are known at once, each with its project; their ids do not tell them."""
-    access = Access(Settings(host="0.0.0.0", api_keys=("sk-one", "sk-two:acme")), NO_STORE, SetClock())
+    """Keys of the settings are known also while the database is not, each with its project; their ids do not tell
+    them."""
+    store: Store = BrokenStore()  # type: ignore[assignment]
+    access = Access(Settings(host="0.0.0.0", api_keys=("sk-one", "sk-two:acme")), store, SetClock())
     one, two = [await access.caller(Headers({"authorization": f"Bearer {key}"})) for key in ("sk-one", "sk-two")]
     assert isinstance(one, Caller)
     assert (one.project, two.project) == ("default", "acme")

@@ -226,6 +226,7 @@ def test_bodies_are_described_where_they_are_read():
         "explainSearch",
         *("createVectorStoreFile", "modifyVectorStoreFile", "createFileBatch"),
         *("createWebhookEndpoint", "modifyWebhookEndpoint"),
+        *("createProject", "modifyProject", "createKey", "modifyKey"),
     }
 
 
