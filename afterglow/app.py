@@ -20,8 +20,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from afterglow.access import Access, check_exposure
 from afterglow.api import about, assistants, files, inspection, runs, threads, uploads, vector_stores
 from afterglow.api import models as models_api
+from afterglow.api.attempts import Attempts
 from afterglow.api.description import describe
 from afterglow.api.edge import METRICS_PATH, Edge
+from afterglow.api.idempotency import once
 from afterglow.contracts import (
     Blobs,
     ChatModels,
@@ -32,11 +34,10 @@ from afterglow.contracts import (
     SearchIndex,
     Store,
     Traces,
-    Transaction,
 )
 from afterglow.declared import declare_assistants
 from afterglow.embeddings import EmbeddingServer
-from afterglow.errors import AfterglowError, ConfigError, NotFound, StoreError
+from afterglow.errors import AfterglowError, ConfigError, NotFound
 from afterglow.events.local import LocalEvents
 from afterglow.files import sweep_blobs, tidy_files
 from afterglow.ingest.parse import Parsers
@@ -47,7 +48,6 @@ from afterglow.offline import OfflineModel
 from afterglow.outbound import GuardedClient, GuardedFetcher
 from afterglow.queue.local import LocalQueue
 from afterglow.rows.moves import unfinished_move
-from afterglow.rows.requests import mark_answered
 from afterglow.rows.runs import release_leases
 from afterglow.rows.vector_store_files import release_jobs
 from afterglow.runs.worker import Worker
@@ -301,11 +301,11 @@ class Application:
         self.house = house
         self.worker = worker
         self.pipeline = pipeline
-        self._answered: list[tuple[str, str]] = []
+        self._attempts = Attempts()
         self._tasks: list[asyncio.Task[None]] = []
         router = Router(_routes(), redirect_slashes=False, default=_no_route)
         self._routed = _Routed(router)
-        self._app: ASGIApp = Edge(self._routed, house, access, self._note_answered, settings.root_path)
+        self._app: ASGIApp = Edge(self._routed, house, access, self._attempts, settings.root_path)
         if settings.allowed_origins:
             self._app = CORSMiddleware(
                 self._app,
@@ -326,9 +326,6 @@ class Application:
             await self.pipeline.start()
         self._tasks = [asyncio.create_task(self._mark_forever()), asyncio.create_task(self._note_folder_forever())]
 
-    def _note_answered(self, project: str, request_id: str) -> None:
-        self._answered.append((project, request_id))
-
     async def _note_folder_forever(self) -> None:
         """Others who start with a folder of their own learn that this one is in use."""
         while True:
@@ -341,18 +338,7 @@ class Application:
     async def _mark_forever(self) -> None:
         while True:
             await asyncio.sleep(ANSWERED_FLUSH_S)
-            await self._mark()
-
-    async def _mark(self) -> None:
-        if not self._answered:
-            return
-        answered, self._answered = self._answered, []
-
-        async def work(tx: Transaction) -> None:
-            await mark_answered(tx, answered)
-
-        with contextlib.suppress(StoreError):  # a mark that is missing costs a retry its match, nothing more
-            await self.house.store.write(work, rowwise=True)
+            await self._attempts.flush(self.house)
 
     async def drain(self) -> None:
         """Take no more work, and let what is in hand end, for up to `drain_s`. Requests are still answered."""
@@ -372,7 +358,7 @@ class Application:
         await self.house.events.close()
         for task in self._tasks:
             task.cancel()
-        await self._mark()
+        await self._attempts.flush(self.house)
         if self.house.embedder is not None:
             await self.house.embedder.close()
         if self.house.traces is not None:
@@ -399,7 +385,10 @@ def _routes() -> list[BaseRoute]:
     routes: list[BaseRoute] = [Route(path, act, methods=[method]) for method, path, act in OPEN_ROUTES]
     routes.append(Route(METRICS_PATH, about.metrics))
     for prefix in PREFIXES:
-        routes += [Route(prefix + path, act, methods=[method]) for method, path, act in ROUTES]
+        routes += [
+            Route(prefix + path, once(act) if method == "POST" else act, methods=[method])
+            for method, path, act in ROUTES
+        ]
         routes += [Route(prefix + path, models_api.forward, methods=FORWARDED_METHODS) for path in models_api.FORWARDED]
     routes.append(Route("/openai/deployments/{deployment}/{rest:path}", models_api.forward, methods=FORWARDED_METHODS))
     return routes

@@ -14,10 +14,10 @@ from typing import Any
 
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from afterglow.app import Application, Part, open_application
-from afterglow.errors import ConfigError, InvalidRequest
+from afterglow.connection import Connection, connections
+from afterglow.errors import ConfigError
 from afterglow.probes import serve_metrics
 from afterglow.settings import Settings, without_password
 
@@ -29,6 +29,7 @@ SWITCH_INTERVAL_S = 0.0002
 # Streams keep much alive for seconds, which the usual (700, 10, 10) walks through again and again: a tenth of the CPU.
 GC_THRESHOLDS = (50_000, 20, 100)
 BACKLOG = 4096
+TICKS_A_SECOND = 10  # uvicorn's
 STOPPED = "Stopped. Everything acknowledged is stored; runs in progress go on at the next start."
 
 
@@ -82,7 +83,7 @@ async def _serve(settings: Settings, say: Callable[[str], None], part: Part) -> 
             config = uvicorn.Config(
                 application,
                 loop="none",
-                http=_Protocol,
+                http=connections(settings),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -100,16 +101,6 @@ async def _serve(settings: Settings, say: Callable[[str], None], part: Part) -> 
     say(STOPPED)
 
 
-class _Protocol(HttpToolsProtocol):
-    """Answers what cannot be read as HTTP in the API's own form."""
-
-    def send_400_response(self, msg: str) -> None:
-        body = InvalidRequest(msg).body()
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
-        self.transport.close()
-
-
 class _Server(uvicorn.Server):
     """Greets once it listens; when it is to stop, lets go of streams first, so that stopping is quick."""
 
@@ -121,6 +112,14 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._greet()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: look after a tenth of the connections."""
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections)[counter % TICKS_A_SECOND :: TICKS_A_SECOND]:
+            if isinstance(connection, Connection):
+                connection.check(now)
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._application.end_streams()

@@ -18,7 +18,7 @@ INGEST = {f"ingest.{name}" for name in INGEST}
 # From the roof to the ground. A module may import from lower floors, and from its own.
 FLOORS: list[set[str]] = [
     {"cli"},
-    {"serve", "probes", "demo", "doctor", "backup", "migrate"},
+    {"serve", "connection", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
     {"assistants", "threads", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}

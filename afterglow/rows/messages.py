@@ -9,6 +9,7 @@ import msgspec
 from afterglow.contracts import Transaction
 from afterglow.objects import Json, Message
 from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.requests import delete_answers
 
 LISTED = "project_id = $1 AND thread_id = $2 AND left_behind < 2"
 
@@ -40,6 +41,7 @@ async def get_message_object(tx: Transaction, project: str, thread_id: str, mess
         message_id,
         thread_id,
     )
+    await delete_answers(tx, project, message_id)
     return rows[0][0] if rows else None
 
 
@@ -136,4 +138,5 @@ async def delete_message(tx: Transaction, project: str, thread_id: str, message_
         message_id,
         thread_id,
     )
+    await delete_answers(tx, project, message_id)
     return rows[0][0] if rows else None
