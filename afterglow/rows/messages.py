@@ -41,7 +41,6 @@ async def get_message_object(tx: Transaction, project: str, thread_id: str, mess
         message_id,
         thread_id,
     )
-    await delete_answers(tx, project, message_id)
     return rows[0][0] if rows else None
 
 

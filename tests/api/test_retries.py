@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,183 @@ async def test_a_stream_is_joined(server: Server, wire: Wire):
     assert replayed(third)
     assert third.content.startswith(b"event: thread.created")
     assert await count(server, "runs") == 1
+
+
+# --- retries of the SDKs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(server: Server, monkeypatch: pytest.MonkeyPatch) -> openai.AsyncOpenAI:
+    """The official client with its own retries, without their pauses."""
+    client = server.client.with_options(max_retries=2)
+    monkeypatch.setattr(type(client), "_calculate_retry_timeout", lambda *_: 0.001)
+    return client
+
+
+@pytest.fixture
+def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`lose(2)`: the connections of the next two POSTs break when their answers begin."""
+    left = 0
+    send = edge._Exchange.send
+
+    async def broken(exchange: Any, message: Any) -> None:
+        nonlocal left
+        if left and message["type"] == "http.response.start" and exchange._scope["method"] == "POST":
+            left -= 1
+            exchange._scope[edge.GONE].args[0].transport.abort()
+        await send(exchange, message)
+
+    def lose_next(number: int) -> None:
+        nonlocal left
+        left = number
+
+    monkeypatch.setattr(edge._Exchange, "send", broken)
+    return lose_next
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+async def test_an_sdk_that_lost_the_answer_makes_one_object(server: Server, client: Any, lose: Any, lost: int):
+    """Once or twice: threads, messages, runs and files are there once, and the SDK has them."""
+    server.model.will(says("Hello."), says("Hello."))
+    assistant = await server.assistant()
+    lose(lost)
+    thread = await client.beta.threads.create()
+    lose(lost)
+    message = await client.beta.threads.messages.create(thread.id, role="user", content="hi")
+    lose(lost)
+    run = await client.beta.threads.runs.create(thread.id, assistant_id=assistant.id)
+    assert (await server.poll(run)).status == "completed"
+    lose(lost)
+    file = await client.files.create(file=b"abc", purpose="assistants")
+    assert [thread.id] == [one.id async for one in all_threads(server)]
+    assert (await client.beta.threads.messages.list(thread.id, order="asc")).data[0].id == message.id
+    assert [one.id for one in (await client.beta.threads.runs.list(thread.id)).data] == [run.id]
+    assert [one.id for one in (await client.files.list()).data] == [file.id]
+
+
+async def all_threads(server: Server) -> Any:
+    for (thread_id,) in await server.house.store.read(lambda tx: tx.fetch("SELECT id FROM threads")):
+        yield await server.client.beta.threads.retrieve(thread_id)
+
+
+async def test_a_lost_stream_is_joined_from_its_start(server: Server, client: Any, lose: Any):
+    """The SDK's retry of a streaming request reads the first run's whole log."""
+    server.model.will(says("Hello you."))
+    assistant = await server.assistant()
+    thread = await client.beta.threads.create()
+    lose(1)
+    stream = await client.beta.threads.runs.create(thread.id, assistant_id=assistant.id, stream=True)
+    events = [event async for event in stream]
+    assert events[0].event == "thread.run.created"
+    assert events[-1].event in ("thread.run.completed", "done")
+    assert await count(server, "runs") == 1
+
+
+async def test_outputs_that_were_lost_are_not_given_twice(server: Server, client: Any, lose: Any):
+    """The retry of a submission gets the run, and as a stream what followed the outputs."""
+    for streaming in (False, True):
+        server.model.will(calls(("get_weather", {"city": "Oslo"})), says("rain"))
+        run = await server.run("hi", tools=[GET_WEATHER])
+        [call] = run.required_action.submit_tool_outputs.tool_calls  # type: ignore[union-attr]
+        outputs = [{"tool_call_id": call.id, "output": "rain"}]
+        lose(1)
+        answer = await client.beta.threads.runs.submit_tool_outputs(
+            run.id, thread_id=run.thread_id, tool_outputs=outputs, stream=streaming
+        )
+        if streaming:
+            events = [event async for event in answer]
+            assert events[0].event == "thread.run.step.completed"
+            assert events[-1].event in ("thread.run.completed", "done")
+        assert (await server.poll(run)).status == "completed"
+
+
+async def test_equal_messages_that_were_answered_both_arrive(server: Server, wire: Wire):
+    """A retry of a request that never came is carried out, however many equal ones were answered before."""
+    thread = await wire.made("/threads")
+    path = f"/threads/{thread['id']}/messages"
+    for flushed in (False, True):
+        await wire.made(path, HELLO)
+        if flushed:
+            await server.application._attempts.flush(server.house)
+        assert not replayed(await wire.post(path, HELLO, headers=retry(1)))
+    assert len((await wire.get(path)).ids) == 4
+
+
+async def test_a_lost_result_is_given_to_one_retry(server: Server, wire: Wire, lose: Any):
+    """A second retry of the same count is carried out: it is another's; so is one of a wrong count, key or body."""
+    thread = await wire.made("/threads")
+    path = f"/threads/{thread['id']}/messages"
+    lose(1)
+    with pytest.raises(httpx2.TransportError):
+        await wire.post(path, HELLO)
+    [first] = (await wire.get(path)).ids
+    assert (await wire.post(path, HELLO, headers=retry(2))).json["id"] != first
+    assert (await wire.post(path, {**HELLO, "metadata": {"a": "b"}}, headers=retry(1))).json["id"] != first
+    assert (await wire.post(path, HELLO, headers=retry(0))).json["id"] != first
+    matched = await wire.post(path, HELLO, headers=retry(1))
+    assert (matched.json["id"], replayed(matched)) == (first, True)
+    assert (await wire.post(path, HELLO, headers=retry(1))).json["id"] != first
+
+
+async def test_an_old_result_is_nobodys(start_server: ServerFactory, connect: Any, tmp_path: Path, lose: Any):
+    """After a quarter of an hour nobody is waiting any more."""
+    clock = SetClock()
+    async with start_server(tmp_path, clock=clock) as server:
+        wire = connect(server)
+        lose(1)
+        with pytest.raises(httpx2.TransportError):
+            await wire.post("/threads", {})
+        clock.time += attempts.RETRIED_WITHIN_S + 1
+        assert not replayed(await wire.post("/threads", {}, headers=retry(1)))
+
+
+async def test_an_impatient_client_waits_for_its_first_request(
+    server: Server, wire: Wire, monkeypatch: pytest.MonkeyPatch
+):
+    """A retry that comes while the first is carried out gets its result; but if that was heard, it is another's."""
+    create, hung_up, lost = idempotency.threads.threads.create_thread, asyncio.Event(), Connection.connection_lost
+
+    def noted(connection: Connection, error: Exception | None) -> None:
+        lost(connection, error)
+        hung_up.set()
+
+    monkeypatch.setattr(Connection, "connection_lost", noted)
+    for left in (True, False):
+        going, go = asyncio.Event(), asyncio.Event()
+
+        async def slow(*arguments: Any, going: asyncio.Event = going, go: asyncio.Event = go) -> str:
+            going.set()
+            await go.wait()
+            return await create(*arguments)
+
+        body = {"metadata": {"left": str(left)}}
+        monkeypatch.setattr(idempotency.threads.threads, "create_thread", slow)
+        first = asyncio.create_task(wire.post("/threads", body))
+        await going.wait()
+        if left:
+            first.cancel()
+            await hung_up.wait()
+        second = asyncio.create_task(wire.post("/threads", body, headers=retry(1)))
+        await asyncio.sleep(0.05)
+        assert not second.done()
+        go.set()
+        assert replayed(await second) == left
+    assert await count(server, "threads") == 3
+
+
+async def test_a_stream_that_was_left_can_be_joined(server: Server, wire: Wire):
+    """Whoever lost a stream in its middle gets all of it."""
+    go = asyncio.Event()
+    server.model.will([*says("Hello")[:-1], go, *says("you.")])
+    body = {"assistant_id": (await server.assistant()).id, "stream": True}
+    async with wire.client.stream("POST", "/v1/threads/runs", content=json.dumps(body)) as response:
+        async for chunk in response.aiter_bytes():
+            if b"message.delta" in chunk:
+                break
+    await until(lambda: not server.application._attempts._open)
+    go.set()
+    joined = await wire.post("/threads/runs", body, headers=retry(1))
+    assert replayed(joined)
+    assert await count(server, "runs") == 1
+    [run_id] = (await server.house.store.read(lambda tx: tx.fetch("SELECT id FROM runs")))[0]
+    assert await stored(server, run_id) in joined.content
