@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import ipaddress
+import re
 import secrets
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from afterglow.settings import Settings
 
 DEFAULT_PROJECT = "default"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
+PORT = re.compile(r":[0-9]*$")
 BELIEVED_S = 1.0
 CACHED_KEYS = 10_000
 NO_KEY = (
@@ -56,8 +58,8 @@ class Access:
         self._configured = dict(_configured_key(entry) for entry in settings.api_keys)
         self._loopback = is_loopback(settings.host)
         self._origins = frozenset(settings.allowed_origins)
-        self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
-        self._served_names = self._hosts | LOOPBACK_NAMES | {settings.host.lower()}
+        self._hosts = frozenset(_host_name(name) for name in settings.allowed_hosts)
+        self._served_names = self._hosts | LOOPBACK_NAMES | {_host_name(settings.host)}
         self._known: dict[str, tuple[float, Caller | None]] = {}
 
     async def caller(self, headers: Headers) -> Caller:
@@ -93,8 +95,8 @@ class Access:
 
     def check_host(self, host: str) -> None:
         """Refuse a Host header that is not ours: a web page's name made to point here. Raises Forbidden."""
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if not name or "*" in self._hosts or name.lower() in self._served_names:
+        name = PORT.sub("", host)
+        if not name or "*" in self._hosts or _host_name(name) in self._served_names:
             return
         if self._loopback or self._hosts:
             raise Forbidden(f"The host '{name[:100]}' is not served here. Add it to AFTERGLOW_ALLOWED_HOSTS.")
@@ -103,6 +105,11 @@ class Access:
         """Refuse requests from web pages, unless their origin is allowed. Raises Forbidden."""
         if origin is not None and origin not in self._origins and "*" not in self._origins:
             raise Forbidden(f"Web pages of {origin[:100]} may not call here. Add it to AFTERGLOW_ALLOWED_ORIGINS.")
+
+
+def _host_name(name: str) -> str:
+    """As names are compared: in small letters, without the root's dot and the brackets of IPv6."""
+    return name.lower().removesuffix(".").strip("[]")
 
 
 def presented_key(headers: Headers) -> str:

@@ -137,7 +137,11 @@ FOLDER_NOTED_EVERY_S = 3600
 CLUSTER_FLUSH_MS = 20  # others read streamed text from the database
 CODE_ELSEWHERE = ("Code is run by the workers.", "")
 CODE_OFF = ("The setting code_interpreter is off.", "Set it to `auto`.")
-CORS_EXPOSED = ["x-request-id", "openai-poll-after-ms", "openai-processing-ms"]
+CORS_EXPOSED = [  # what SDKs and apps read
+    *("x-request-id", "openai-poll-after-ms", "openai-processing-ms", "openai-version", "idempotent-replayed"),
+    *("retry-after", "retry-after-ms", "x-should-retry", "content-disposition", "content-range"),
+    *(f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")),
+]
 
 
 class _Clock:
@@ -311,8 +315,9 @@ class Application:
                 self._app,
                 allow_origins=list(settings.allowed_origins),
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["*"],
+                allow_headers=["*"],  # those that a preflight asks for are named in its answer
                 expose_headers=CORS_EXPOSED,
+                allow_private_network=True,
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

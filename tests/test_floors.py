@@ -21,7 +21,17 @@ FLOORS: list[set[str]] = [
     {"serve", "connection", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
-    {"assistants", "threads", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}
+    {
+        "assistants",
+        "threads",
+        "files",
+        "uploads",
+        "vector_stores",
+        "inspection",
+        "access",
+        "proxies",
+        "tools.code_interpreter",
+    }
     | {"ingest.pipeline", "ingest.upkeep"}
     | {
         "runs.lifecycle",

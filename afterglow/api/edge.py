@@ -35,6 +35,7 @@ from afterglow.errors import (
     Unavailable,
 )
 from afterglow.metrics import Metrics
+from afterglow.proxies import Proxies
 
 log = logging.getLogger("afterglow.http")
 API_VERSION = "2020-10-01"
@@ -62,6 +63,7 @@ class Edge:
         self._house = house
         self._access = access
         self._attempts = attempts
+        self._proxies = Proxies(house.settings.trusted_proxies)
         self._root_path = root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,12 +87,13 @@ class Edge:
         path = scope["path"] = self._own_path(scope["path"])
         needs_key = path not in OPEN_PATHS and KEYLESS not in scope
         if needs_key:  # probes come by address
-            self._access.check_host(headers.get("host", ""))
+            self._access.check_host(_only_host(scope, headers))
         self._access.check_origin(headers.get("origin"))
         if "\0" in path:
             raise InvalidRequest("Invalid URL: it contains a NUL character.", code="invalid_value")
         state: dict[str, Any] = {"house": self._house, "request_id": exchange.request_id}
         state |= {"attempts": self._attempts, "attempt": None}
+        state["client_ip"] = self._proxies.caller_address(scope, headers)
         scope["state"] = state
         if self._house.traces is not None:
             telemetry.traceparent.set(headers.get("traceparent", ""))
@@ -192,6 +195,14 @@ class _Exchange:
             if attempt := self._scope.get("state", {}).get("attempt"):
                 attempt.begin_answer(self.status, _gone(self._scope))
         await self._send(message)
+
+
+def _only_host(scope: Scope, headers: Headers) -> str:
+    """With two of them, a proxy may have looked at the other one."""
+    hosts = headers.getlist("host")
+    if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
+        raise InvalidRequest(f"A request names one host, and this one has {len(hosts)} Host headers.")
+    return hosts[0] if hosts else ""
 
 
 def new_request_id() -> str:

@@ -38,6 +38,8 @@ REPLAYED = "idempotent-replayed"
 MAX_KEY_CHARS = 255
 # They change nothing, so they are done again; what they find may be gone by then, and is not kept.
 SEARCHES = ("search_vector_store", "explain_search")
+# Their answers hold a secret that is shown once.
+SECRETS = ("create_key", "create_webhook_endpoint", "rotate_webhook_secret")
 # What shows an object by the id that a creating POST has noted, and that id's name in the path.
 SHOWN_BY: dict[str, tuple[Act, str]] = {
     "create_assistant": (assistants.retrieve_assistant, "assistant_id"),
@@ -114,12 +116,13 @@ async def _keep(request: Request, response: Response) -> None:
     if type(response) is not Response or request.state.attempt is None:
         return
     text = bytes(response.body).decode()
+    kept = "" if request.scope["endpoint"].__name__ in SECRETS else text
     quoted = msgspec.json.decode(text, type=_Quoted)
     origin, now = await origin_of(request), int(house_of(request).clock.now())
     ids = (quoted.id, quoted.thread_id or quoted.vector_store_id or quoted.id)
 
     async def work(tx: Transaction) -> None:
-        await request_rows.insert_answer(tx, project_of(request), origin, ids, response.status_code, text, now)
+        await request_rows.insert_answer(tx, project_of(request), origin, ids, response.status_code, kept, now)
 
     with suppress(StoreError):  # what was done is done; a repetition will read the object
         await house_of(request).store.write(work)
@@ -145,6 +148,13 @@ async def _answer_again(request: Request, repeated: Repeated) -> Response:
     result, route = repeated.result, request.scope["endpoint"].__name__
     if repeated.answer is not None:
         status, body = repeated.answer
+        if not body:
+            raise InvalidRequest(
+                "This was done, and its answer held a secret that is shown once. Make a new one, with another "
+                "Idempotency-Key.",
+                param="Idempotency-Key",
+                code="secret_shown_once",
+            )
         return Response(body, status, media_type=JSON)
     if route in SHOWN_BY:
         show, name = SHOWN_BY[route]
