@@ -11,6 +11,7 @@ import asyncio
 import base64
 import hashlib
 import ipaddress
+import re
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Generic, NamedTuple, TypeVar
@@ -31,6 +32,7 @@ T = TypeVar("T")
 DEFAULT_PROJECT = "default"
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1", "[::1]"})
 ADMIN_PATHS = ("/v1/organization", "/openai/v1/organization", "/openai/organization")
+PORT = re.compile(r":[0-9]*$")
 BELIEVED_S = 1.0
 USE_NOTED_EVERY_S = 60
 CACHED_KEYS = 10_000
@@ -121,11 +123,11 @@ class Access:
         self._configured = dict(configured_key(entry) for entry in settings.api_keys)
         self._loopback = is_loopback(settings.host)
         self._origins = frozenset(settings.allowed_origins)
-        self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
-        self._served_names = self._hosts | LOOPBACK_NAMES | {settings.host.lower()}
         self._keys = Believed(self._look_up_key, clock)
         self._projects = Believed(self._look_up_project, clock)
         self._used: dict[str, int] = {}
+        self._hosts = frozenset(_host_name(name) for name in settings.allowed_hosts)
+        self._served_names = self._hosts | LOOPBACK_NAMES | {_host_name(settings.host)}
 
     async def caller(self, headers: Headers) -> Caller:
         """Who sent these headers. Raises Unauthorized."""
@@ -221,8 +223,8 @@ class Access:
 
     def check_host(self, host: str) -> None:
         """Refuse a Host header that is not ours: a web page's name made to point here. Raises Forbidden."""
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if not name or "*" in self._hosts or name.lower() in self._served_names:
+        name = PORT.sub("", host)
+        if not name or "*" in self._hosts or _host_name(name) in self._served_names:
             return
         if self._loopback or self._hosts:
             raise Forbidden(f"The host '{name[:100]}' is not served here. Add it to AFTERGLOW_ALLOWED_HOSTS.")
@@ -239,6 +241,11 @@ def check_scope(caller: Caller, method: str, path: str) -> None:
     needed: KeyScope = "admin" if path.startswith(ADMIN_PATHS) else usual
     if needed not in caller.scopes:
         raise Forbidden(MISSING_SCOPE.format(scope=needed), code="missing_scope")
+
+
+def _host_name(name: str) -> str:
+    """As names are compared: in small letters, without the root's dot and the brackets of IPv6."""
+    return name.lower().removesuffix(".").strip("[]")
 
 
 def presented_key(headers: Headers) -> str:

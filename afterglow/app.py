@@ -32,8 +32,10 @@ from afterglow.api import (
     webhooks,
 )
 from afterglow.api import models as models_api
+from afterglow.api.attempts import Attempts
 from afterglow.api.description import describe
 from afterglow.api.edge import METRICS_PATH, Edge
+from afterglow.api.idempotency import once
 from afterglow.contracts import (
     Blobs,
     ChatModels,
@@ -45,7 +47,6 @@ from afterglow.contracts import (
     SearchIndex,
     Store,
     Traces,
-    Transaction,
 )
 from afterglow.declared import declare_assistants
 from afterglow.deliveries import Deliveries
@@ -63,7 +64,6 @@ from afterglow.outbound import GuardedClient, GuardedFetcher
 from afterglow.queue.local import LocalQueue
 from afterglow.quotas import share_rates
 from afterglow.rows.moves import unfinished_move
-from afterglow.rows.requests import mark_answered
 from afterglow.rows.runs import release_leases
 from afterglow.rows.vector_store_files import release_jobs
 from afterglow.rows.webhooks import release_deliveries
@@ -185,7 +185,11 @@ FOLDER_NOTED_EVERY_S = 3600
 CLUSTER_FLUSH_MS = 20  # others read streamed text from the database
 CODE_ELSEWHERE = ("Code is run by the workers.", "")
 CODE_OFF = ("The setting code_interpreter is off.", "Set it to `auto`.")
-CORS_EXPOSED = ["x-request-id", "openai-poll-after-ms", "openai-processing-ms"]
+CORS_EXPOSED = [  # what SDKs and apps read
+    *("x-request-id", "openai-poll-after-ms", "openai-processing-ms", "openai-version", "idempotent-replayed"),
+    *("retry-after", "retry-after-ms", "x-should-retry", "content-disposition", "content-range"),
+    *(f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")),
+]
 
 
 class _Clock:
@@ -364,18 +368,19 @@ class Application:
         self.pipeline = pipeline
         self.deliveries = Deliveries(house)
         self._access = access
-        self._answered: list[tuple[str, str]] = []
+        self._attempts = Attempts()
         self._tasks: list[asyncio.Task[None]] = []
         router = Router(_routes(), redirect_slashes=False, default=_no_route)
         self._routed = _Routed(router)
-        self._app: ASGIApp = Edge(self._routed, house, access, self._note_answered, settings.root_path)
+        self._app: ASGIApp = Edge(self._routed, house, access, self._attempts, settings.root_path)
         if settings.allowed_origins:
             self._app = CORSMiddleware(
                 self._app,
                 allow_origins=list(settings.allowed_origins),
                 allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["*"],
+                allow_headers=["*"],  # those that a preflight asks for are named in its answer
                 expose_headers=CORS_EXPOSED,
+                allow_private_network=True,
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -390,9 +395,6 @@ class Application:
             await self.deliveries.start()
         self._tasks = [asyncio.create_task(self._mark_forever()), asyncio.create_task(self._note_folder_forever())]
 
-    def _note_answered(self, project: str, request_id: str) -> None:
-        self._answered.append((project, request_id))
-
     async def _note_folder_forever(self) -> None:
         """Others who start with a folder of their own learn that this one is in use."""
         while True:
@@ -405,21 +407,10 @@ class Application:
     async def _mark_forever(self) -> None:
         while True:
             await asyncio.sleep(ANSWERED_FLUSH_S)
-            await self._mark()
+            await self._attempts.flush(self.house)
             await share_rates(self.house)
             with contextlib.suppress(StoreError):
                 await self._access.write_uses()
-
-    async def _mark(self) -> None:
-        if not self._answered:
-            return
-        answered, self._answered = self._answered, []
-
-        async def work(tx: Transaction) -> None:
-            await mark_answered(tx, answered)
-
-        with contextlib.suppress(StoreError):  # a mark that is missing costs a retry its match, nothing more
-            await self.house.store.write(work, rowwise=True)
 
     async def drain(self) -> None:
         """Take no more work, and let what is in hand end, for up to `drain_s`. Requests are still answered."""
@@ -442,8 +433,8 @@ class Application:
         await self.house.events.close()
         for task in self._tasks:
             task.cancel()
-        await self._mark()
         await share_rates(self.house)
+        await self._attempts.flush(self.house)
         if self.house.embedder is not None:
             await self.house.embedder.close()
         if self.house.mcp is not None:
@@ -472,7 +463,10 @@ def _routes() -> list[BaseRoute]:
     routes: list[BaseRoute] = [Route(path, act, methods=[method]) for method, path, act in OPEN_ROUTES]
     routes.append(Route(METRICS_PATH, about.metrics))
     for prefix in PREFIXES:
-        routes += [Route(prefix + path, act, methods=[method]) for method, path, act in ROUTES]
+        routes += [
+            Route(prefix + path, once(act) if method == "POST" else act, methods=[method])
+            for method, path, act in ROUTES
+        ]
         routes += [Route(prefix + path, models_api.forward, methods=FORWARDED_METHODS) for path in models_api.FORWARDED]
     routes.append(Route("/openai/deployments/{deployment}/{rest:path}", models_api.forward, methods=FORWARDED_METHODS))
     return routes

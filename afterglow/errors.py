@@ -3,14 +3,17 @@
     AfterglowError
     ├── ApiError                 what a caller is told: an HTTP status and the API's error body
     │   ├── InvalidRequest       400
+    │   │   ├── KeyReused
     │   │   ├── ThreadBusy
     │   │   └── BadToolOutputs
     │   ├── Unauthorized         401
     │   ├── Forbidden            403
     │   ├── NotFound             404
+    │   ├── TooSlow              408
     │   ├── Conflict             409
     │   ├── BodyTooLarge         413
     │   ├── TooManyRequests      429
+    │   ├── HeadTooLarge         431
     │   └── Unavailable          503
     ├── ModelError               what went wrong with a model server; ends a run, see `runs/loop.py`
     │   ├── ModelUnreachable
@@ -83,6 +86,23 @@ class InvalidRequest(ApiError):
     type = "invalid_request_error"
 
 
+class KeyReused(InvalidRequest):
+    """This idempotency key was used for another request within 24 hours: another path, query or body.
+
+    Wire: HTTP 400, type `idempotency_error`, code `idempotency_key_reused`.
+    """
+
+    type = "idempotency_error"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This Idempotency-Key was used for another request, with another path or body. Use a key of its own for "
+            "each request; the same key is for the same request sent again.",
+            param="Idempotency-Key",
+            code="idempotency_key_reused",
+        )
+
+
 class ThreadBusy(InvalidRequest):
     """A run is still active on this thread; wait for it or cancel it.
 
@@ -142,6 +162,12 @@ class Gone(ApiError):
     """What is asked for was kept for a time, and that is over. Wire: HTTP 410, type `invalid_request_error`."""
 
     status = 410
+
+
+class TooSlow(ApiError):
+    """The request did not arrive in time; the connection is closed. Wire: HTTP 408, type `invalid_request_error`."""
+
+    status = 408
     type = "invalid_request_error"
 
 
@@ -171,6 +197,16 @@ class TooManyRequests(ApiError):
                 "retry-after": str(math.ceil(retry_after_s)),
                 "retry-after-ms": str(math.ceil(retry_after_s * 1000)),
             }
+
+
+class HeadTooLarge(ApiError):
+    """Request line and headers are larger than `max_header_kb`, or the headers too many; the connection is closed.
+
+    Wire: HTTP 431, type `invalid_request_error`.
+    """
+
+    status = 431
+    type = "invalid_request_error"
 
 
 class BodyTooLarge(ApiError):

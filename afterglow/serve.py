@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any
 
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from afterglow.app import Application, Part, open_application
-from afterglow.errors import ConfigError, InvalidRequest
+from afterglow.connection import Connection, connections
+from afterglow.errors import ConfigError
 from afterglow.probes import serve_metrics
 from afterglow.settings import Settings, without_password
+from afterglow.telemetry import log
 
 GRACE_S = 3
 KEEP_ALIVE_S = 75  # longer than clients and load balancers keep a connection that they may write to again
@@ -29,6 +32,8 @@ SWITCH_INTERVAL_S = 0.0002
 # Streams keep much alive for seconds, which the usual (700, 10, 10) walks through again and again: a tenth of the CPU.
 GC_THRESHOLDS = (50_000, 20, 100)
 BACKLOG = 4096
+TICKS_A_SECOND = 10  # uvicorn's
+TLS_LOOKED_AT_EVERY_S = 60
 STOPPED = "Stopped. Everything acknowledged is stored; runs in progress go on at the next start."
 
 
@@ -82,7 +87,7 @@ async def _serve(settings: Settings, say: Callable[[str], None], part: Part) -> 
             config = uvicorn.Config(
                 application,
                 loop="none",
-                http=_Protocol,
+                http=connections(settings),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -92,35 +97,76 @@ async def _serve(settings: Settings, say: Callable[[str], None], part: Part) -> 
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=GRACE_S,
                 timeout_keep_alive=KEEP_ALIVE_S,
+                ssl_certfile=settings.tls_cert or None,
+                ssl_keyfile=settings.tls_key or None,
             )
+            tls = _Tls(config, settings) if settings.tls_cert else None
             port = listening.getsockname()[1]
-            await _Server(config, application, lambda: _greet(settings, port, say)).serve([listening])
+            await _Server(config, application, lambda: _greet(settings, port, say), tls).serve([listening])
     finally:
         listening.close()
     say(STOPPED)
 
 
-class _Protocol(HttpToolsProtocol):
-    """Answers what cannot be read as HTTP in the API's own form."""
+class _Tls:
+    """The certificate that is shown. A renewed one is taken up by new connections: on SIGHUP, or within a minute."""
 
-    def send_400_response(self, msg: str) -> None:
-        body = InvalidRequest(msg).body()
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head.encode() + body)
-        self.transport.close()
+    def __init__(self, config: uvicorn.Config, settings: Settings) -> None:
+        """Raises ConfigError when certificate and key cannot be used."""
+        self._files = settings.tls_cert, settings.tls_key
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"tls_cert and tls_key cannot be used: {error.strerror or error}.") from None
+        assert config.ssl is not None
+        self._context = config.ssl
+        self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._seen = self._changed_at()
+
+    def _changed_at(self) -> list[int]:
+        return [os.stat(file).st_mtime_ns for file in self._files]
+
+    def reload_if_changed(self) -> None:
+        with contextlib.suppress(OSError):  # a file is just being put into its place
+            if self._changed_at() != self._seen:
+                self.reload()
+
+    def reload(self) -> None:
+        """Keep the old one when the new one cannot be used: what is half written now is whole at the next look."""
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*self._files)
+            self._context.load_cert_chain(*self._files)
+            self._seen = self._changed_at()
+        except OSError as error:  # ssl.SSLError is one
+            log.error("The TLS certificate cannot be used, and the old one is kept: %s", error)
+        else:
+            log.info("The TLS certificate was loaded again.")
 
 
 class _Server(uvicorn.Server):
     """Greets once it listens; when it is to stop, lets go of streams first, so that stopping is quick."""
 
-    def __init__(self, config: uvicorn.Config, application: Application, greet: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, application: Application, greet: Callable[[], None], tls: _Tls | None
+    ) -> None:
         super().__init__(config)
+        self._tls = tls
         self._application = application
         self._greet = greet
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._greet()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: look after a tenth of the connections."""
+        now = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections)[counter % TICKS_A_SECOND :: TICKS_A_SECOND]:
+            if isinstance(connection, Connection):
+                connection.check(now)
+        if self._tls and counter % (TLS_LOOKED_AT_EVERY_S * TICKS_A_SECOND) == 0:
+            self._tls.reload_if_changed()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._application.end_streams()
@@ -129,6 +175,8 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         with _signals(self._application.drain, self._stop):
+            if self._tls:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._tls.reload)
             yield
 
     def _stop(self) -> None:
@@ -175,7 +223,8 @@ def _greet(settings: Settings, port: int, say: Callable[[str], None]) -> None:
         model = settings.model_url + (f", {settings.default_model}" if settings.default_model else "")
     else:
         model = "the built-in offline model, which is no language model (--model-url URL names a real one)"
-    say(f"Base URL   http://{host}:{port}{settings.root_path.rstrip('/')}/v1")
+    scheme = "https" if settings.tls_cert else "http"
+    say(f"Base URL   {scheme}://{host}:{port}{settings.root_path.rstrip('/')}/v1")
     say(f"Data       {without_password(settings.database_url) if settings.database_url else settings.data}")
     say(f"Model      {model}")
     say("Stop       Ctrl-C")

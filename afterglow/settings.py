@@ -243,7 +243,7 @@ class Settings:
         False, "Accept messages on a thread while a run is active; the original refuses them."
     )
     currency: str = setting("USD", "What the prices of models and the money of budgets are in.")
-    max_header_kb: int = setting(32, "Largest head of a request, all headers together.", unit="KB")
+    max_header_kb: int = setting(64, "Largest head of a request, its line and all headers together.", unit="KB")
     head_timeout_s: float = setting(15.0, "Time for a request's head to arrive.", unit="seconds")
     body_timeout_s: float = setting(
         60.0, "Silence of a caller within a request's body after which it is given up.", unit="seconds"

@@ -16,6 +16,7 @@ from openai.types.beta import Assistant
 from openai.types.beta.threads import Run
 
 from afterglow.app import Application, database_path, open_application
+from afterglow.connection import connections
 from afterglow.contracts import Store
 from afterglow.settings import Settings, load
 from afterglow.store.sqlite import SqliteStore
@@ -177,7 +178,13 @@ async def running_server(
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)  # uvloop does it; asyncio would wait 40 ms
         config = uvicorn.Config(
-            application, loop="none", http="httptools", ws="none", lifespan="off", log_config=None, server_header=False
+            application,
+            loop="none",
+            http=connections(loaded),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            server_header=False,
         )
         config.load()
         uvicorn_server = _PromptServer(config)

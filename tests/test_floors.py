@@ -18,11 +18,11 @@ INGEST = {f"ingest.{name}" for name in INGEST}
 # From the roof to the ground. A module may import from lower floors, and from its own.
 FLOORS: list[set[str]] = [
     {"cli", "cli_access", "commands"},
-    {"serve", "probes", "demo", "doctor", "backup", "migrate"},
+    {"serve", "connection", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
     {"assistants", "threads", "files", "uploads", "vector_stores", "webhooks", "deliveries", "bills", "dry_run"}
-    | {"inspection", "access", "audit", "projects", "quotas", "tools.code_interpreter"}
+    | {"inspection", "access", "audit", "projects", "quotas", "proxies", "tools.code_interpreter"}
     | {"ingest.pipeline", "ingest.upkeep"}
     | {
         "runs.lifecycle",

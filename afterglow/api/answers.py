@@ -10,6 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from afterglow.api.attempts import Attempt
 from afterglow.api.pages import list_body, read_page
 from afterglow.contracts import House, Transaction, Work
 from afterglow.errors import NotFound
@@ -36,12 +37,35 @@ def reply(answer: Any, headers: dict[str, str] | None = None) -> Response:
 
 
 async def origin_of(request: Request, body_hash: str | None = None) -> Origin:
-    """What is written beside the object that this POST creates. body_hash: of a body that was not kept."""
+    """What is written beside the object that this POST creates. body_hash: of a body that was not kept.
+
+    Raises Repeated when the request was carried out before, and nothing is to be done; KeyReused, or Conflict."""
     state = request.state
-    state.creates = True
-    if body_hash is None:
-        body_hash = hashlib.sha256(await request.body()).hexdigest()
-    return Origin(state.request_id, state.key_id, request.scope["endpoint"].__name__, body_hash)
+    if state.attempt is None:
+        hashed = hashlib.sha256(repr((request.path_params, request.scope["query_string"])).encode())
+        hashed.update(await request.body() if body_hash is None else body_hash.encode())
+        origin = Origin(
+            state.request_id,
+            state.key_id,
+            request.scope["endpoint"].__name__,
+            hashed.hexdigest(),
+            *retry_headers(request),
+        )
+        state.attempt = state.attempts.open(state.project, origin)
+        await state.attempts.admit(state.house, state.attempt)
+    opened: Attempt = state.attempt
+    return opened.origin
+
+
+def retry_headers(request: Request) -> tuple[int, str | None]:
+    """The SDK's count of retries, 0 when it does not say, and the idempotency key."""
+    count, key = 0, None
+    for name, value in request.scope["headers"]:
+        if name == b"x-stainless-retry-count":
+            count = int(value) if value.isdigit() and len(value) < 5 else 0
+        elif name == b"idempotency-key":
+            key = value.decode("latin-1")
+    return count, key
 
 
 async def reply_stored(request: Request, read: Work[str | None], missing: Callable[[], NotFound]) -> Response:

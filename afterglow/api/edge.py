@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from afterglow import telemetry
 from afterglow.access import ADMIN_PATHS, Access, check_scope
+from afterglow.api.attempts import Attempts
 from afterglow.contracts import House
 from afterglow.errors import (
     ApiError,
@@ -34,11 +35,14 @@ from afterglow.errors import (
     Unavailable,
 )
 from afterglow.metrics import Metrics
+from afterglow.proxies import Proxies
 
 log = logging.getLogger("afterglow.http")
+API_VERSION = "2020-10-01"
 API_PREFIXES = ("/v1/", "/openai/")
 OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
 METRICS_PATH = "/metrics"
+GONE = "afterglow.gone"  # in the scope: tells whether the caller has hung up
 KEYLESS = "afterglow.keyless"  # in the scope of a request to the port of `metrics_port`
 UPLOAD_PATHS = ("/v1/files", "/openai/v1/files", "/openai/files")
 PART_PATH = re.compile(r"/(v1|openai/v1|openai)/uploads/[^/]+/parts")
@@ -54,14 +58,12 @@ BETA_V1 = (
 class Edge:
     """The outermost ASGI application."""
 
-    def __init__(
-        self, app: ASGIApp, house: House, access: Access, on_answered: Callable[[str, str], None], root_path: str
-    ) -> None:
-        """on_answered: called with project and request id when the answer to a creating POST was written out."""
+    def __init__(self, app: ASGIApp, house: House, access: Access, attempts: Attempts, root_path: str) -> None:
         self._app = app
         self._house = house
         self._access = access
-        self._on_answered = on_answered
+        self._attempts = attempts
+        self._proxies = Proxies(house.settings.trusted_proxies)
         self._root_path = root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,11 +87,13 @@ class Edge:
         path = scope["path"] = self._own_path(scope["path"])
         needs_key = path not in OPEN_PATHS and KEYLESS not in scope
         if needs_key:  # probes come by address
-            self._access.check_host(headers.get("host", ""))
+            self._access.check_host(_only_host(scope, headers))
         self._access.check_origin(headers.get("origin"))
         if "\0" in path:
             raise InvalidRequest("Invalid URL: it contains a NUL character.", code="invalid_value")
-        state: dict[str, Any] = {"house": self._house, "request_id": exchange.request_id, "creates": False}
+        state: dict[str, Any] = {"house": self._house, "request_id": exchange.request_id}
+        state |= {"attempts": self._attempts, "attempt": None}
+        state["client_ip"] = self._proxies.caller_address(scope, headers)
         scope["state"] = state
         if self._house.traces is not None:
             telemetry.traceparent.set(headers.get("traceparent", ""))
@@ -103,9 +107,11 @@ class Edge:
                 exchange.told = self._house.limits.admit(caller.project, caller.key_id, scope["method"], path, now)
             _check_beta(headers)
             state["project"], state["key_id"] = caller.project, caller.key_id
-        await self._app(scope, self._limited(receive, headers, path), exchange.send)
-        if state["creates"] and exchange.status < 400:
-            self._on_answered(state["project"], exchange.request_id)
+        try:
+            await self._app(scope, self._limited(receive, headers, path), exchange.send)
+        finally:
+            if attempt := state["attempt"]:
+                attempt.end(_gone(scope))
 
     def _own_path(self, path: str) -> str:
         """Without the root path, whether the proxy has taken it off or not."""
@@ -171,7 +177,7 @@ class _Exchange:
         self._scope = scope
         self._metrics = metrics
         self._began = time.monotonic()
-        self.request_id = "req_" + secrets.token_hex(16)
+        self.request_id = new_request_id()
         self.started = False
         self.status = 0
         self.told: dict[str, str] = {}
@@ -186,14 +192,33 @@ class _Exchange:
                 *message.get("headers", []),
                 (b"x-request-id", self.request_id.encode()),
                 (b"openai-processing-ms", b"%d" % took_ms),
-                (b"openai-version", b"2020-10-01"),
+                (b"openai-version", API_VERSION.encode()),
                 (b"openai-organization", b"afterglow"),
                 *((name.encode(), value.encode()) for name, value in self.told.items()),
             ]
             log.debug("%d in %d ms", self.status, took_ms)
             route = getattr(self._scope.get("route"), "path", None)
             self._metrics.request_answered(self._scope["method"], route, self.status, took_s)
+            if attempt := self._scope.get("state", {}).get("attempt"):
+                attempt.begin_answer(self.status, _gone(self._scope))
         await self._send(message)
+
+
+def _only_host(scope: Scope, headers: Headers) -> str:
+    """With two of them, a proxy may have looked at the other one."""
+    hosts = headers.getlist("host")
+    if len(hosts) > 1 or (not hosts and scope["http_version"] == "1.1"):
+        raise InvalidRequest(f"A request names one host, and this one has {len(hosts)} Host headers.")
+    return hosts[0] if hosts else ""
+
+
+def new_request_id() -> str:
+    return "req_" + secrets.token_hex(16)
+
+
+def _gone(scope: Scope) -> bool:
+    """Whether the caller hung up, as far as the connection knows; what is sent then is sent to nobody."""
+    return GONE in scope and scope[GONE]()
 
 
 def _check_beta(headers: Headers) -> None:

@@ -151,14 +151,18 @@ async def modify_run(request: Request) -> Response:
 async def cancel_run(request: Request) -> Response:
     """POST /threads/{thread_id}/runs/{run_id}/cancel; the body, if any, is not read."""
     thread_id, run_id = request.path_params["thread_id"], request.path_params["run_id"]
-    return reply(await lifecycle.cancel_run(house_of(request), project_of(request), thread_id, run_id))
+    origin = await origin_of(request)
+    return reply(await lifecycle.cancel_run(house_of(request), project_of(request), thread_id, run_id, origin))
 
 
 async def submit_tool_outputs(request: Request) -> Response:
     """POST /threads/{thread_id}/runs/{run_id}/submit_tool_outputs. A stream goes on from here."""
     body = await parse(request, SubmitToolOutputs)
     thread_id, run_id = request.path_params["thread_id"], request.path_params["run_id"]
-    happened = await lifecycle.submit_tool_outputs(house_of(request), project_of(request), thread_id, run_id, body)
+    origin = await origin_of(request)
+    happened = await lifecycle.submit_tool_outputs(
+        house_of(request), project_of(request), thread_id, run_id, body, origin
+    )
     return _stream(request, happened) if body.stream else reply(happened.run)
 
 

@@ -10,6 +10,7 @@ from afterglow.contracts import Transaction
 from afterglow.objects import Assistant
 from afterglow.rows.files import set_file_uses
 from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.requests import delete_answers
 
 
 class Asked(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -85,6 +86,7 @@ async def update_assistant(tx: Transaction, project: str, row: AssistantRow) -> 
 
 async def delete_assistant(tx: Transaction, project: str, assistant_id: str) -> bool:
     await set_file_uses(tx, project, "assistants", assistant_id, {})
+    await delete_answers(tx, project, assistant_id)
     return await tx.execute("DELETE FROM assistants WHERE project_id = $1 AND id = $2", project, assistant_id) > 0
 
 

@@ -14,6 +14,7 @@ import msgspec
 from afterglow.contracts import SqlValue, Transaction
 from afterglow.objects import File, Json
 from afterglow.rows.lists import HELD, ListPage, list_page
+from afterglow.rows.requests import delete_answers
 
 LIVING = "project_id = $1 AND (expires_at IS NULL OR expires_at > $2)"
 Holder = Literal["assistants", "threads"]
@@ -119,6 +120,7 @@ async def delete_file(tx: Transaction, project: str, file_id: str) -> str | None
     rows = await tx.fetch("DELETE FROM files WHERE project_id = $1 AND id = $2 RETURNING blob", project, file_id)
     for column in ("file_id", "input_id"):
         await tx.execute(f"DELETE FROM sandbox_files WHERE project_id = $1 AND {column} = $2", project, file_id)
+    await delete_answers(tx, project, file_id)
     return rows[0][0] if rows else None
 
 

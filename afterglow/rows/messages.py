@@ -9,6 +9,7 @@ import msgspec
 from afterglow.contracts import Transaction
 from afterglow.objects import Json, Message
 from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.requests import delete_answers
 
 LISTED = "project_id = $1 AND thread_id = $2 AND left_behind < 2"
 _SEEN = "project_id = $1 AND thread_id = $2 AND left_behind = 0 AND status <> 'in_progress'"
@@ -139,6 +140,7 @@ async def delete_message(tx: Transaction, project: str, thread_id: str, message_
         message_id,
         thread_id,
     )
+    await delete_answers(tx, project, message_id)
     if not rows:
         return None
     seq, created_at, run_id, left_behind, text = rows[0]

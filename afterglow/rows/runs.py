@@ -81,6 +81,12 @@ async def get_run_object(tx: Transaction, project: str, thread_id: str, run_id: 
     return (rows[0][0], rows[0][1], rows[0][2]) if rows else None
 
 
+async def get_thread_of_run(tx: Transaction, project: str, run_id: str) -> str | None:
+    """The id of the thread that a run is on."""
+    rows = await tx.fetch("SELECT thread_id FROM runs WHERE project_id = $1 AND id = $2", project, run_id)
+    return rows[0][0] if rows else None
+
+
 async def get_active_run(tx: Transaction, project: str, thread_id: str) -> RunRow | None:
     """The run that holds the thread, if any."""
     rows = await tx.fetch(

@@ -11,6 +11,7 @@ from afterglow.contracts import Transaction
 from afterglow.objects import Thread
 from afterglow.rows.files import set_file_uses
 from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.requests import delete_answers
 from afterglow.rows.webhooks import forget_events
 
 # Everything that hangs on a thread. Events and stored answers carry its text as well.
@@ -103,6 +104,7 @@ async def delete_thread(tx: Transaction, project: str, thread_id: str) -> bool:
     for statement in _OF_A_THREAD:
         await tx.execute(statement, project, thread_id)
     await forget_events(tx, project, thread_id)
+    await delete_answers(tx, project, thread_id)
     return True
 
 

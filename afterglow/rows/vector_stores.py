@@ -16,6 +16,7 @@ from afterglow.ids import new_id
 from afterglow.ingest.states import store_status
 from afterglow.objects import FileCounts, VectorStore
 from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.requests import delete_answers
 from afterglow.rows.webhooks import forget_events
 
 DAY_S = 24 * 3600
@@ -92,6 +93,7 @@ async def delete_store(tx: Transaction, project: str, store_id: str) -> bool:
     for table in ("vector_store_files", "file_batches", "batch_files"):
         await tx.execute(f"DELETE FROM {table} WHERE project_id = $1 AND store_id = $2", project, store_id)
     await forget_events(tx, project, store_id)
+    await delete_answers(tx, project, store_id)
     return True
 
 

@@ -35,6 +35,7 @@ from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.assistants import AssistantRow, get_assistant
+from afterglow.rows.requests import Origin, insert_request
 from afterglow.rows.runs import RunAsked, RunRow
 from afterglow.rows.search_results import fill_in_content
 from afterglow.rows.steps import PlacedStep
@@ -306,7 +307,7 @@ async def modify_run(house: House, project: str, thread_id: str, run_id: str, bo
     return await house.store.write(work)
 
 
-async def cancel_run(house: House, project: str, thread_id: str, run_id: str) -> Run:
+async def cancel_run(house: House, project: str, thread_id: str, run_id: str, origin: Origin) -> Run:
     """Ask a run to stop. A run that nobody executes is cancelled at once; its answer still says `cancelling`.
 
     Raises InvalidRequest when the run is over.
@@ -316,13 +317,14 @@ async def cancel_run(house: House, project: str, thread_id: str, run_id: str) ->
         row = await _get_run(tx, project, thread_id, run_id)
         if expired := await expire_if_due(tx, house, row):
             return expired.run, expired
+        if row.run.status in TERMINAL:
+            return row.run, None
+        await insert_request(tx, project, origin, run_id, int(house.clock.now()))
         if row.run.status == "cancelling":
             return row.run, None
         if row.run.status in HELD_RUNS:
             move_run(row.run, "cancel_asked", int(house.clock.now()))
             await run_rows.update_run(tx, row)
-            return row.run, None
-        if row.run.status in TERMINAL:
             return row.run, None
         return await _cancel_unheld(tx, house, row)
 
@@ -348,7 +350,7 @@ async def _cancel_unheld(tx: Transaction, house: House, row: RunRow) -> tuple[Ru
 
 
 async def submit_tool_outputs(
-    house: House, project: str, thread_id: str, run_id: str, body: SubmitToolOutputs
+    house: House, project: str, thread_id: str, run_id: str, body: SubmitToolOutputs, origin: Origin
 ) -> Happened:
     """Answer calls that a run waits for, and queue it again once all are answered.
 
@@ -367,11 +369,14 @@ async def submit_tool_outputs(
         submission = Submission(body, expected, [placed.step for placed in rounds])
         if submission.repeats is not None:
             since = await _since_submission(tx, row, submission.repeats, stream=bool(body.stream))
-            return Happened(project, row.run, since, NOTHING_NEW)
-        if row.run.status != "requires_action":
+            happened = Happened(project, row.run, since, NOTHING_NEW)
+        elif row.run.status != "requires_action":
             raise submission.too_late() or _no_outputs_in(row.run.status)
-        submission.check()
-        return await _take_outputs(tx, house, row, submission.new)
+        else:
+            submission.check()
+            happened = await _take_outputs(tx, house, row, submission.new)
+        await insert_request(tx, project, origin, run_id, int(house.clock.now()), happened.since)
+        return happened
 
     happened = await house.store.write(work)
     if happened.segment.data:

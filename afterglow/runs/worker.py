@@ -239,11 +239,12 @@ class Worker:
 
     async def _tidy(self) -> None:
         """Delete what has outlived its use, a bounded number at a time."""
-        before = int(self._house.clock.now()) - self._house.settings.event_retention_h * 3600
+        now = int(self._house.clock.now())
+        before = now - self._house.settings.event_retention_h * 3600
 
         async def work(tx: Transaction) -> int:
             return await event_rows.delete_events_before(tx, before, TIDY_LIMIT) + (
-                await request_rows.delete_requests_before(tx, before, TIDY_LIMIT)
+                await request_rows.delete_requests_before(tx, now - request_rows.KEYS_KEPT_S, TIDY_LIMIT)
             )
 
         while await self._house.store.write(work, rowwise=True) >= TIDY_LIMIT:

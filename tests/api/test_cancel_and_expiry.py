@@ -15,12 +15,14 @@ from openai.types.beta.threads.runs import RunStep
 
 from afterglow.contracts import TextDelta, ToolCallDelta
 from afterglow.errors import ModelBroke
+from afterglow.rows.requests import Origin
 from afterglow.runs import lifecycle, worker
 from afterglow.testing import SetClock, calls, ended, says
 from tests.api.streams import PROJECT, answers, happened, names, polled, read_events, stored, submit
 from tests.conftest import GET_WEATHER, Server, ServerFactory
 
 WEATHER_IN_OSLO = ("get_weather", {"city": "Oslo"})
+ORIGIN = Origin("req_1", "key", "cancel_run", "00")
 
 
 @pytest.fixture
@@ -309,7 +311,7 @@ async def test_cancel_while_being_claimed(start_server: ServerFactory, tmp_path:
         await until(lambda: len(server.model.requests) == 1)
         run = await start(server)
         claimed = asyncio.create_task(server.application.worker._claim(1))
-        cancelled = asyncio.create_task(lifecycle.cancel_run(server.house, PROJECT, run.thread_id, run.id))
+        cancelled = asyncio.create_task(lifecycle.cancel_run(server.house, PROJECT, run.thread_id, run.id, ORIGIN))
         await asyncio.sleep(0)
         time.sleep(0.1)  # noqa: ASYNC251  both are done before the loop can look at either
         await asyncio.gather(claimed, cancelled)

@@ -17,10 +17,10 @@ from afterglow.contracts import Transaction
 from afterglow.errors import ConfigError
 from afterglow.rows import keys as key_rows
 from afterglow.settings import load
-from afterglow.testing import ScriptedModels, SetClock, calls, says
-from tests.api.test_errors import BODIES, FORMS, OLDER_BODIES, filled
-from tests.api.wire import Answer, Fault, Json, Wire, not_found
-from tests.conftest import GET_WEATHER, Server, ServerFactory
+from afterglow.testing import ScriptedModels, SetClock, says
+from tests.api.test_errors import BODIES, filled
+from tests.api.wire import Answer, Fault, Json, Wire
+from tests.conftest import Server, ServerFactory
 
 NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
@@ -163,67 +163,6 @@ async def test_other_addresses_need_keys(tmp_path: Path):
 
 
 # --- projects --------------------------------------------------------------------------------------------------
-
-
-async def test_projects_do_not_see_each_other(start_server: ServerFactory, connect: Any, tmp_path: Path):
-    """On every route, with the ids of another project and a well-formed body, the answer is that of an id that nobody
-    has; lists are empty; and nothing of the other project has changed."""
-    async with start_server(tmp_path, api_keys=("test-key:a", "sk-b:b")) as server:
-        server.model.will(calls(("get_weather", {"city": "Oslo"})))
-        run = await server.run("hi", tools=[GET_WEATHER])
-        ours, theirs = connect(server, "test-key"), connect(server, "sk-b")
-        thread = f"/threads/{run.thread_id}"
-        [message_id] = (await ours.get(f"{thread}/messages")).ids
-        [step_id] = (await ours.get(f"{thread}/runs/{run.id}/steps")).ids
-        ids = {"thread": run.thread_id, "run": run.id, "message": message_id, "step": step_id}
-        ids["assistant"] = run.assistant_id
-        ids["file"] = (await server.client.files.create(file=("a.txt", b"ours"), purpose="assistants")).id
-        store = await server.client.vector_stores.create()
-        batch = await server.client.vector_stores.file_batches.create_and_poll(store.id, file_ids=[ids["file"]])
-        upload = await ours.made("/uploads", OLDER_BODIES["create_upload"])
-        ids |= {"vector_store": store.id, "batch": batch.id, "upload": upload["id"]}
-        [call] = run.required_action.submit_tool_outputs.tool_calls if run.required_action else []
-        bodies = {
-            **BODIES,
-            **OLDER_BODIES,
-            "create_file_batch": {"file_ids": [ids["file"]]},
-            "submit_tool_outputs": {"tool_outputs": [{"tool_call_id": call.id, "output": "stolen"}]},
-            "create_run": {"assistant_id": run.assistant_id},
-            "modify_thread": {"metadata": {"stolen": "yes"}},
-        }
-        for method, path, act in ROUTES:
-            if "_id}" not in path or act.__name__ in FORMS or path.startswith("/organization"):
-                continue
-            place = filled(path, **ids)
-            answer = await theirs.ask(method, place, bodies.get(act.__name__))
-            outer = re.findall(r"{(\w+)_id}", path)[0]
-            assert answer.fault == not_found(outer, ids[outer]), (method, path)
-        for path in ("/assistants", "/threads", "/files", "/vector_stores"):
-            assert (await theirs.get(path)).ids == []
-            assert (await theirs.get(f"{path}?after={ids[path[1:-1]]}")).status == 404
-        refusal = await theirs.post("/threads/runs", {"assistant_id": run.assistant_id})
-        assert refusal.fault == Fault(404, f"No assistant found with id '{run.assistant_id}'.")
-        # With a thread of their own as the outer id, what is inside ours is not found either.
-        own = (await theirs.made("/threads"))["id"]
-        for method, path, act in ROUTES:
-            if inner := re.findall(r"{(message|run)_id}", path):
-                answer = await theirs.ask(method, filled(path, **ids | {"thread": own}), bodies.get(act.__name__))
-                assert answer.fault == Fault(404, f"No {inner[0]} found with id '{ids[inner[0]]}'."), (method, path)
-        own_store = (await theirs.made("/vector_stores"))["id"]
-        stolen = await theirs.post(f"/vector_stores/{own_store}/files", {"file_id": ids["file"]})
-        assert stolen.fault == Fault(404, f"Files [{ids['file']}] were not found")
-        resources = {"file_search": {"vector_store_ids": [store.id]}}
-        assert (await theirs.post("/threads", {"tool_resources": resources})).fault == not_found(
-            "vector_store", store.id
-        )
-        assert (await ours.read(f"{thread}/runs/{run.id}"))["status"] == "requires_action"
-        assert (await ours.read(thread))["metadata"] == {}
-        assert (await ours.get(f"{thread}/messages")).ids == [message_id]
-        assert (await ours.get("/assistants")).ids == [run.assistant_id]
-        assert (await ours.get(f"/files/{ids['file']}/content")).content == b"ours"
-        [found] = (await ours.made(f"/vector_stores/{store.id}/search", {"query": "ours"}))["data"]
-        assert found["file_id"] == ids["file"]
-        assert (await ours.made(f"/uploads/{upload['id']}/cancel"))["status"] == "cancelled"
 
 
 async def test_a_project_can_import_ids_of_its_own(start_server: ServerFactory, connect: Any, tmp_path: Path):

@@ -288,8 +288,12 @@ async def test_outputs_are_taken_once(house: House, side_by_side: SideBySide):
     for cancelled in (False, True):
         run = await run_that_waits(house)
         names = house, P, run.thread_id, run.id
-        submit = lifecycle.submit_tool_outputs(*names, body)
-        another = lifecycle.cancel_run(*names) if cancelled else lifecycle.submit_tool_outputs(*names, body)
+        submit = lifecycle.submit_tool_outputs(*names, body, origin())
+        another = (
+            lifecycle.cancel_run(*names, origin())
+            if cancelled
+            else lifecycle.submit_tool_outputs(*names, body, origin())
+        )
         _, second = await side_by_side(another, submit)
         assert isinstance(second, InvalidRequest)
         assert "do not accept tool outputs" in second.message
