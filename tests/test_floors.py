@@ -21,7 +21,7 @@ FLOORS: list[set[str]] = [
     {"serve", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
-    {"assistants", "threads", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}
+    {"assistants", "threads", "messages", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}
     | {"ingest.pipeline", "ingest.upkeep"}
     | {
         "runs.lifecycle",

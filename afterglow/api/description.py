@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -63,6 +63,7 @@ from afterglow.objects import (
     VectorStoreFile,
     VectorStoreFileBatch,
 )
+from afterglow.runs.lifecycle import IfBusy
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 REF = "#/components/schemas/{name}"
@@ -118,13 +119,13 @@ SHAPES: dict[Endpoint, Shape] = {
     threads.retrieve_thread: Shape(answer=Thread),
     threads.modify_thread: Shape(ModifyThread, Thread),
     threads.delete_thread: Shape(deleted="thread.deleted"),
-    threads.create_message: Shape(CreateMessage, Message),
+    threads.create_message: Shape(CreateMessage, Message, ("if_busy for messages",)),
     threads.list_messages: Shape(query=(*CURSOR, "run_id"), list_of=Message),
     threads.retrieve_message: Shape(answer=Message),
     threads.modify_message: Shape(ModifyMessage, Message),
     threads.delete_message: Shape(deleted="thread.message.deleted"),
     runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, INCLUDE),
-    runs.create_run: Shape(CreateRun, Run, INCLUDE),
+    runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "if_busy")),
     runs.list_runs: Shape(query=CURSOR, list_of=Run),
     runs.retrieve_run: Shape(answer=Run),
     runs.modify_run: Shape(ModifyRun, Run),
@@ -177,6 +178,15 @@ QUERY: dict[str, Json] = {
     "after": {"schema": TEXT, "description": "Id of an object; the list goes on behind it."},
     "before": {"schema": TEXT, "description": "Id of an object; the list ends in front of it."},
     "run_id": {"schema": TEXT, "description": "Keep what this run wrote."},
+    "if_busy": {
+        "schema": {"enum": list(get_args(IfBusy)), "default": "reject"},
+        "description": "What to do while another run is active on the thread.",
+    },
+    "if_busy for messages": {
+        "name": "if_busy",
+        "schema": {"enum": list(threads.IF_BUSY)},
+        "description": "What to do while a run is active on the thread; without it, the server's setting says.",
+    },
     "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
     "filter": {"schema": {"enum": list(vector_stores.FILE_STATUSES)}, "description": "Keep the files of this status."},
     "include[]": {"schema": {"type": "array", "items": {"enum": [INCLUDE_FILE_SEARCH_CONTENT]}}},

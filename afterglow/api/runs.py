@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
 from afterglow.api.bodies import parse
-from afterglow.api.pages import read_include
+from afterglow.api.pages import query_choice, read_include
 from afterglow.api.sse import EventStream
 from afterglow.contracts import Transaction
 from afterglow.errors import NotFound
@@ -25,9 +25,11 @@ from afterglow.threads import start_run, start_thread_and_run
 
 
 async def create_run(request: Request) -> Response:
-    """POST /threads/{thread_id}/runs. With `stream`, answers with the run's event log as it grows."""
+    """POST /threads/{thread_id}/runs. With `stream`, answers with the run's event log as it grows. While another run
+    is active on the thread, `if_busy` refuses this one, queues it behind the other, or cancels the other, too."""
     body = await parse(request, CreateRun)
     include = read_include(request)
+    if_busy = query_choice(request, "if_busy", get_args(lifecycle.IfBusy)) or "reject"
     happened = await start_run(
         house_of(request),
         project_of(request),
@@ -35,6 +37,7 @@ async def create_run(request: Request) -> Response:
         body,
         include,
         await origin_of(request),
+        cast(lifecycle.IfBusy, if_busy),
     )
     return EventStream(house_of(request), happened) if body.stream else reply(happened.run)
 

@@ -51,7 +51,7 @@ class EventStream(Response):
     async def _send_events(self, send: Send) -> None:
         if self._first:
             await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        project, run, since, _ = self._happened
+        project, run, since = self._happened[:3]
         async with aclosing(self._house.events.follow(project, run.id, since)) as batches:
             async for batch in batches:
                 stopped = bool(batch) and any(segment.stop for segment in batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from afterglow.contracts import SqlValue, Transaction
@@ -10,6 +11,8 @@ from afterglow.contracts import SqlValue, Transaction
 PASSING_OVER = "/* postgres: FOR UPDATE SKIP LOCKED */"
 # For what is to stay until the transaction ends: whoever changes or deletes it waits, others may hold it as well.
 HELD = "/* postgres: FOR SHARE */"
+# What a list is to keep: a condition with `{}` for each of its values.
+Kept = tuple[str, tuple[SqlValue, ...]]
 
 
 class ListPage(NamedTuple):
@@ -35,19 +38,23 @@ async def list_page(
     after: str | None,
     before: str | None,
     status: str | None = None,
+    kept: Sequence[Kept] = (),
 ) -> ListPage:
     """One page of `table`, ordered by (created_at, seq, id).
 
     where: conditions on `values` as `$1`…; its first two must be `project_id = $1` and whatever scopes cursors.
     order: `asc` or `desc`. after, before: ids; both given means what lies between. With `before` alone, the page is
     the one just before it, still in the order asked for. status: only rows of this status; what a cursor names may
-    have another by now. Raises UnknownCursor.
+    have another by now; so with kept. Raises UnknownCursor.
     """
     forward = before is None or after is not None
     conditions, arguments = [where], list(values)
     if status is not None:
         arguments.append(status)
         conditions.append(f"status = ${len(arguments)}")
+    for condition, its_values in kept:
+        conditions.append(condition.format(*(f"${len(arguments) + at}" for at in range(1, len(its_values) + 1))))
+        arguments += its_values
     for name, cursor in (("after", after), ("before", before)):
         if cursor is not None:
             place = await _place(tx, table, where, values, name, cursor)

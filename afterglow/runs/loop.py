@@ -58,6 +58,7 @@ from afterglow.runs.closing import InHand, close_open_steps, close_step
 from afterglow.runs.context import Calibration, chat_messages, estimate_tokens
 from afterglow.runs.images import inline_stored_images
 from afterglow.runs.interrupt import Interrupt, Interrupted
+from afterglow.runs.lifecycle import Passed, pass_on, tell_passed
 from afterglow.runs.prompt import Prompt, PromptRules, chat_response_format, read_prompt
 from afterglow.runs.search import search_for_run
 from afterglow.runs.states import TERMINAL, RunEvent, end_message, move_run
@@ -779,24 +780,24 @@ class Execution:
         self._unwritten += self.house.events.take_unwritten(self.row.run.id)
         sequence = self._transcript.sequence
 
-        async def fenced(tx: Transaction) -> tuple[RunRow, Segment]:
+        async def fenced(tx: Transaction) -> tuple[RunRow, Segment, Passed | None]:
             self._transcript.sequence = sequence  # it may be run again
             row = await run_rows.get_held_run(tx, self.row.project, self.row.run.id, self.row.attempt)
             if row is None:
                 raise LostLease(self.row.run.id)
             segment = self._transcript.number(await work(tx, row), stop_of(row.run))
-            await run_rows.update_run(tx, row)
+            next_id = await run_rows.update_run(tx, row)
             parts = [*self._unwritten, segment] if segment.data else self._unwritten
             if await self._message_is_gone(tx):
                 parts = [part._replace(data=b"") for part in parts]
                 await event_rows.blank_run_events(tx, row.project, row.run.id)
             for part in parts:
                 await event_rows.insert_segment(tx, row.project, row.run.id, part, int(self.house.clock.now()))
-            return row, segment
+            return row, segment, await pass_on(tx, self.house, row, next_id)
 
         while True:
             try:
-                self.row, segment = await self.house.store.write(fenced)
+                self.row, segment, passed = await self.house.store.write(fenced)
                 break
             except StoreError:
                 if self.house.clock.now() > self.row.deadline:
@@ -806,6 +807,7 @@ class Execution:
         self._announce(*[segment] if segment.data else [])
         if self.row.run.status in TERMINAL:
             report.ended(self.house, self.row.project, self.row.run, self.row.attempt)
+        tell_passed(self.house, passed)
 
     async def _message_is_gone(self, tx: Transaction) -> bool:
         """Whether a caller deleted the message that is being written: then its text must not stay in the log."""

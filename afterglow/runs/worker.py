@@ -32,7 +32,7 @@ from afterglow.runs import report
 from afterglow.runs.closing import leave_behind_open_steps
 from afterglow.runs.context import Calibration
 from afterglow.runs.interrupt import Why
-from afterglow.runs.lifecycle import expire_overdue
+from afterglow.runs.lifecycle import expire_overdue, pass_on_stranded
 from afterglow.runs.loop import Execution
 from afterglow.runs.states import move_run
 from afterglow.runs.transcript import Event, Transcript, run_event
@@ -223,6 +223,8 @@ class Worker:
             for run_id in await self._house.store.read(lambda tx: run_rows.list_cancelling(tx, self._id)):
                 self._interrupt(run_id, "cancelled")
         await expire_overdue(self._house, CLAIM_LIMIT, frozenset(self._executions))
+        if stranded := await pass_on_stranded(self._house, CLAIM_LIMIT):
+            log.error("%d runs waited for threads that no run held; they have them now.", stranded)
         await self._interpreter.sweep()
         self._sweeps += 1
         if self._sweeps % TIDY_EVERY_SWEEPS == 0:
