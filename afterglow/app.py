@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from afterglow.access import Access, check_exposure
-from afterglow.api import about, assistants, files, inspection, runs, threads, uploads, vector_stores
+from afterglow.api import about, assistants, files, finding, inspection, runs, threads, uploads, vector_stores
 from afterglow.api import models as models_api
 from afterglow.api.description import describe
 from afterglow.api.edge import METRICS_PATH, Edge
@@ -85,6 +85,8 @@ ROUTES = [
     ("POST", "/threads/{thread_id}/messages/{message_id}", threads.modify_message),
     ("DELETE", "/threads/{thread_id}/messages/{message_id}", threads.delete_message),
     ("GET", "/threads/{thread_id}/messages/{message_id}/citations", inspection.list_citations),
+    ("GET", "/messages", finding.search_messages),
+    ("GET", "/runs", finding.list_project_runs),
     ("POST", "/threads/{thread_id}/runs", runs.create_run),
     ("GET", "/threads/{thread_id}/runs", runs.list_runs),
     ("GET", "/threads/{thread_id}/runs/{run_id}", runs.retrieve_run),

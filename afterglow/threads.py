@@ -32,6 +32,7 @@ from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.requests import Origin, insert_request
+from afterglow.rows.retention import is_idle
 from afterglow.runs.lifecycle import (
     Happened,
     IfBusy,
@@ -110,7 +111,22 @@ async def delete_thread(house: House, project: str, thread_id: str) -> None:
             raise NotFound.of("thread", thread_id)
         return unfinished
 
-    for run_id in await house.store.write(work):
+    _tell_gone(house, project, await house.store.write(work))
+
+
+async def delete_idle_thread(house: House, project: str, thread_id: str, before: int) -> bool:
+    """As `delete_thread`, if nothing has happened on it since `before`; return whether so."""
+
+    async def work(tx: Transaction) -> bool:
+        if not await is_idle(tx, project, thread_id, before):
+            return False
+        return await thread_rows.delete_thread(tx, project, thread_id)
+
+    return await house.store.write(work)
+
+
+def _tell_gone(house: House, project: str, run_ids: list[str]) -> None:
+    for run_id in run_ids:
         house.queue.cancel(run_id)
         house.events.forget(run_id)
         house.events.announce(project, run_id, Segment(2**31, 1, 1, gone_event(), "end"))

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import __version__
-from afterglow.api import about, assistants, files, inspection, models, runs, threads, uploads, vector_stores
+from afterglow.api import about, assistants, files, finding, inspection, models, runs, threads, uploads, vector_stores
 from afterglow.api.edge import OPEN_PATHS
 from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
 from afterglow.inspection import Citation, SearchExplanation, VectorStoreChunk
@@ -91,6 +91,7 @@ class Shape(NamedTuple):
 
 CURSOR = ("limit", "order", "after", "before")
 INCLUDE = ("include[]",)
+FOUND_THREADS = ("assistant_id", "run_status", "query", "created_at")
 UPLOAD: Json = {
     "type": "object",
     "properties": {
@@ -115,7 +116,11 @@ SHAPES: dict[Endpoint, Shape] = {
     assistants.modify_assistant: Shape(ModifyAssistant, Assistant),
     assistants.delete_assistant: Shape(deleted="assistant.deleted"),
     threads.create_thread: Shape(CreateThread, Thread, empty_ok=True),
-    threads.list_threads: Shape(query=(*CURSOR, "metadata"), list_of=Thread),
+    threads.list_threads: Shape(query=(*CURSOR, "metadata", *FOUND_THREADS), list_of=Thread),
+    finding.search_messages: Shape(query=(*CURSOR, "required query", "thread_id", "created_at"), list_of=Message),
+    finding.list_project_runs: Shape(
+        query=(*CURSOR, "status", "assistant_id", "thread_id", "model", "created_at"), list_of=Run
+    ),
     threads.retrieve_thread: Shape(answer=Thread),
     threads.modify_thread: Shape(ModifyThread, Thread),
     threads.delete_thread: Shape(deleted="thread.deleted"),
@@ -186,6 +191,30 @@ QUERY: dict[str, Json] = {
         "name": "if_busy",
         "schema": {"enum": list(threads.IF_BUSY)},
         "description": "What to do while a run is active on the thread; without it, the server's setting says.",
+    },
+    "assistant_id": {
+        "schema": TEXT,
+        "description": "Keep what a run of this assistant was on, or the runs themselves.",
+    },
+    "thread_id": {"schema": TEXT, "description": "Keep what is on this thread."},
+    "model": {"schema": TEXT, "description": "Keep the runs that ask for this model."},
+    "status": {"schema": {"enum": list(finding.RUN_STATUSES)}, "description": "Keep the runs of this status."},
+    "run_status": {
+        "schema": {"enum": list(finding.RUN_STATUSES)},
+        "description": "Keep the threads whose last run has this status.",
+    },
+    "query": {"schema": TEXT, "description": "Words that must all occur in one message."},
+    "required query": {
+        "name": "query",
+        "required": True,
+        "schema": TEXT,
+        "description": "Words that must all occur in the message.",
+    },
+    "created_at": {
+        "style": "deepObject",
+        "explode": True,
+        "schema": {"type": "object", "properties": {sign: {"type": "integer"} for sign in finding.CREATED_AT}},
+        "description": "Keep what was created then, Unix seconds.",
     },
     "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
     "filter": {"schema": {"enum": list(vector_stores.FILE_STATUSES)}, "description": "Keep the files of this status."},

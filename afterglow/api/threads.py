@@ -13,6 +13,7 @@ from afterglow import threads
 from afterglow.api import faults
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
 from afterglow.api.bodies import parse
+from afterglow.api.finding import read_thread_filters
 from afterglow.api.pages import query_choice, query_value
 from afterglow.contracts import START, Transaction
 from afterglow.errors import NotFound
@@ -39,11 +40,13 @@ async def create_thread(request: Request) -> Response:
 
 
 async def list_threads(request: Request) -> Response:
-    """GET /threads: an extension. `metadata[KEY]=VALUE` keeps those that have the pair; several must all match."""
-    wanted = _wanted_metadata(request)
+    """GET /threads: an extension. `metadata[KEY]=VALUE` keeps those that have the pair; several must all match. So must
+    the other filters: by assistant, time, status of the last run, and words of the messages."""
+    wanted, filters = _wanted_metadata(request), read_thread_filters(request)
 
     async def page(tx: Transaction, **cursor: Any) -> ListPage:
-        return await thread_rows.list_threads(tx, project_of(request), wanted, **cursor)
+        kept = await filters.kept(tx, project_of(request))
+        return await thread_rows.list_threads(tx, project_of(request), wanted, **cursor, kept=kept)
 
     return await reply_list(request, "thread", page)
 

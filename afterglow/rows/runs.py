@@ -139,6 +139,22 @@ async def list_runs(
     )
 
 
+async def list_project_runs(
+    tx: Transaction,
+    project: str,
+    kept: Sequence[Kept],
+    *,
+    limit: int,
+    order: str,
+    after: str | None,
+    before: str | None,
+) -> ListPage:
+    """Runs of all threads."""
+    return await list_page(
+        tx, "runs", "project_id = $1", (project,), limit=limit, order=order, after=after, before=before, kept=kept
+    )
+
+
 async def insert_run(tx: Transaction, row: RunRow) -> None:
     run = row.run
     await tx.execute(

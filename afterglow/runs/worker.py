@@ -23,7 +23,9 @@ from afterglow import telemetry
 from afterglow.contracts import House, Segment, Transaction
 from afterglow.errors import AfterglowError, LostLease, StoreError
 from afterglow.files import tidy_files
+from afterglow.finding import index_messages
 from afterglow.ids import new_id
+from afterglow.retention import Retention
 from afterglow.rows import events as event_rows
 from afterglow.rows import requests as request_rows
 from afterglow.rows import runs as run_rows
@@ -44,6 +46,7 @@ from afterglow.vector_stores import expire_stores
 CLAIM_LIMIT = 64
 POLL_S = 1.0  # how long a lost wake-up, or a run left by another worker, can go unnoticed
 SWEEP_S = 1.0
+INDEX_S = 1.0  # after that, and what it takes, a message is found by its words
 TIDY_EVERY_SWEEPS = 60
 TIDY_LIMIT = 500
 STORE_RETRY_S = 1.0
@@ -67,6 +70,7 @@ class Worker:
         self._id = new_id("worker")
         self._calibration = Calibration()
         self._interpreter = CodeInterpreter(house, self._id)
+        self._retention = Retention(house)
         self._executions: dict[str, Execution] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
@@ -86,6 +90,7 @@ class Worker:
             self._claiming,
             asyncio.create_task(self._repeat(self._renew, self._house.settings.run_lease_s / 3)),
             asyncio.create_task(self._repeat(self._sweep, SWEEP_S)),
+            asyncio.create_task(self._repeat(self._index_messages, INDEX_S)),
         ]
 
     async def drain(self) -> None:
@@ -230,17 +235,19 @@ class Worker:
         if self._sweeps % TIDY_EVERY_SWEEPS == 0:
             await self._tidy()
 
+    async def _index_messages(self) -> None:
+        await index_messages(self._house)
+
     async def _tidy(self) -> None:
         """Delete what has outlived its use, a bounded number at a time."""
         before = int(self._house.clock.now()) - self._house.settings.event_retention_h * 3600
 
         async def work(tx: Transaction) -> int:
-            return await event_rows.delete_events_before(tx, before, TIDY_LIMIT) + (
-                await request_rows.delete_requests_before(tx, before, TIDY_LIMIT)
-            )
+            return await request_rows.delete_requests_before(tx, before, TIDY_LIMIT)
 
         while await self._house.store.write(work, rowwise=True) >= TIDY_LIMIT:
             pass
+        await self._retention.sweep()
         await tidy_files(self._house)
         await tidy_uploads(self._house)
         await expire_stores(self._house)
