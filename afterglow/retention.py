@@ -49,11 +49,11 @@ class Retention:
         threads = files = 0
         for project, retention in await self._house.store.read(retention_rows.list_retentions):
             if days := retention.threads_days:
-                act = delete_idle_thread
-                threads += await self._look(project, now - days * DAY_S, retention_rows.list_old_threads, act)
+                before = now - days * DAY_S
+                threads += await self._look(project, before, retention_rows.list_old_threads, delete_idle_thread)
             if days := retention.files_days:
-                act = condemn_unused_file
-                files += await self._look(project, now - days * DAY_S, retention_rows.list_old_files, act)
+                before = now - days * DAY_S
+                files += await self._look(project, before, retention_rows.list_old_files, condemn_unused_file)
         deleted = Deleted(threads, files, await self._delete_events(now))
         if any(deleted):
             log.info("Deleted for their age: %d threads, %d files, %d rows of events.", *deleted)

@@ -21,7 +21,8 @@ FLOORS: list[set[str]] = [
     {"serve", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},
-    {"assistants", "threads", "messages", "finding", "retention", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}
+    {"messages", "finding", "retention"}
+    | {"assistants", "threads", "files", "uploads", "vector_stores", "inspection", "access", "tools.code_interpreter"}
     | {"ingest.pipeline", "ingest.upkeep"}
     | {
         "runs.lifecycle",
@@ -34,7 +35,9 @@ FLOORS: list[set[str]] = [
         "runs.search",
     },
     {"runs.closing", "runs.transcript", "runs.context", "runs.images", "tools", "files"},
-    {"rows", "search.ranking", "search.filters", "search.pieces", "search.words", "runs.states", "ingest.states"} | INGEST,
+    {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"}
+    | INGEST
+    | {"search.words"},
     {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "signing", "afterglow"},
 ]
 # Implementations of contracts.py: they stand on the ground (and may run statements); only app.py and tests enter.

@@ -259,9 +259,9 @@ async def clean_block(tx: Transaction) -> int:
         places = array("H", bytes(packed))
         if not gone.isdisjoint(places):
             changed.append((term, array("H", [place for place in places if place not in gone]).tobytes()))
-    await _write_words(tx, project, block, [(term, places) for term, places in changed if places])
-    for term, places in changed:
-        if not places:
+    await _write_words(tx, project, block, [(term, left) for term, left in changed if left])
+    for term, left in changed:
+        if not left:
             await tx.execute(
                 "DELETE FROM message_terms WHERE project_id = $1 AND block = $2 AND term = $3", project, block, term
             )

@@ -17,9 +17,10 @@ class Place(NamedTuple):
 
     created_at: int
     seq: int
+    id: str
 
 
-START = Place(-1, -(2**62))
+START = Place(-1, 0, "")
 
 
 class Found(NamedTuple):
@@ -88,12 +89,12 @@ async def _look(
     tx: Transaction, table: str, condition: str, project: str, before: int, reached: Place, limit: int
 ) -> Found:
     rows = await tx.fetch(
-        f"SELECT id, created_at, seq, CASE WHEN {condition} THEN 1 ELSE 0 END FROM {table}"
-        f" WHERE project_id = $1 AND created_at < $2 AND (created_at, seq) > ($3, $4)"
-        f" ORDER BY created_at, seq LIMIT {limit}",
+        f"SELECT created_at, seq, id, CASE WHEN {condition} THEN 1 ELSE 0 END FROM {table}"
+        f" WHERE project_id = $1 AND created_at < $2 AND (created_at, seq, id) > ($3, $4, $5)"
+        f" ORDER BY created_at, seq, id LIMIT {limit}",
         project,
         before,
         *reached,
     )
-    ids = [object_id for object_id, _, _, unused in rows if unused]
-    return Found(ids, Place(*rows[-1][1:3]) if len(rows) == limit else START)
+    ids = [object_id for _, _, object_id, unused in rows if unused]
+    return Found(ids, Place(*rows[-1][:3]) if len(rows) == limit else START)
