@@ -15,14 +15,14 @@ from afterglow.objects import RunStatus
 from afterglow.rows import message_words as word_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import threads as thread_rows
-from afterglow.rows.lists import Kept, ListPage
+from afterglow.rows.lists import Kept, ListPage, repeated
 from afterglow.rows.message_words import Wanted
 from afterglow.search.words import MAX_ASKED, asked_words
 
 RUN_STATUSES: tuple[RunStatus, ...] = get_args(RunStatus)
 LATEST = 2**53
 MAX_QUERY_CHARS = 1_000
-MOST_THREADS = 1_000  # of those that a query finds, the ones with the newest messages
+MOST_MESSAGES = 10_000  # whose threads a query finds
 CREATED_AT = {"gte": (0, 0), "gt": (0, 1), "lt": (1, 0), "lte": (1, 1)}  # bound, and what is added to it
 
 
@@ -87,7 +87,7 @@ class ThreadFilters(NamedTuple):
         if self.run_status is not None:
             kept += await thread_rows.of_last_run(tx, project, self.run_status)
         if self.words is not None:
-            found = await word_rows.find_threads(tx, project, Wanted(self.words), MOST_THREADS)
+            found = repeated(await word_rows.find_threads(tx, project, Wanted(self.words), MOST_MESSAGES))
             kept.append((f"id IN ({', '.join('{}' for _ in found) or 'NULL'})", tuple(found)))
         return kept
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from afterglow.contracts import SqlValue, Transaction
 
+T = TypeVar("T")
 # For lists of jobs: what another process is just claiming is passed over, instead of waiting for it in vain.
 PASSING_OVER = "/* postgres: FOR UPDATE SKIP LOCKED */"
 # For what is to stay until the transaction ends: whoever changes or deletes it waits, others may hold it as well.
@@ -71,6 +72,11 @@ async def list_page(
     has_more = len(rows) > limit
     rows = rows[:limit] if forward else rows[:limit][::-1]
     return ListPage([row[0] for row in rows], [row[1] for row in rows], has_more)
+
+
+def repeated(values: Sequence[T]) -> list[T]:
+    """The values, the last of them repeated up to a power of two: so there are few different statements with `IN`."""
+    return [*values, *([values[-1]] * ((1 << (len(values) - 1).bit_length()) - len(values)))] if values else []
 
 
 async def _place(

@@ -15,19 +15,20 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
 from afterglow.contracts import SqlValue, Transaction
 from afterglow.objects import Json
-from afterglow.rows.lists import ListPage, UnknownCursor
+from afterglow.rows.lists import ListPage, UnknownCursor, repeated
 from afterglow.search.words import word_of_file, words_of
 
 BLOCK = 2048
 ROWS_AT_ONCE = 64  # of words, in one statement
 BLOCKS_AT_ONCE = 32  # that are looked into together
 CANDIDATES = 64  # messages read together
+LAST_NUMBER = 2**53
 
 
 class _Said(msgspec.Struct):
@@ -175,23 +176,16 @@ async def _write_block(tx: Transaction, project: str, block: _Block, places: dic
 async def _read_words(
     tx: Transaction, project: str, blocks: Sequence[int], words: Sequence[str]
 ) -> dict[tuple[int, str], bytes]:
-    """The places of words in some blocks. Padded, so that there are few different statements."""
-    padded = [*words, *([words[-1]] * (_padding(len(words))))]
-    blocks_in = ", ".join(f"${at + 2}" for at in range(len(blocks)))
-    words_in = ", ".join(f"${at + 2 + len(blocks)}" for at in range(len(padded)))
+    """The places of words in some blocks."""
+    padded = repeated(words)
     rows = await tx.fetch(
         "SELECT block, term, places FROM message_terms"
-        f" WHERE project_id = $1 AND block IN ({blocks_in}) AND term IN ({words_in})",
+        f" WHERE project_id = $1 AND block IN ({_places(2, blocks)}) AND term IN ({_places(2 + len(blocks), padded)})",
         project,
         *blocks,
         *padded,
     )
     return {(block, term): bytes(places) for block, term, places in rows}
-
-
-def _padding(size: int) -> int:
-    """Up to the next power of two."""
-    return (1 << (size - 1).bit_length()) - size
 
 
 async def _write_words(tx: Transaction, project: str, block: int, rows: Sequence[tuple[str, bytes]]) -> None:
@@ -282,8 +276,7 @@ async def find_messages(
     Paging is that of `list_page`. Raises UnknownCursor.
     """
     forward = before is None or after is not None
-    descending = (order == "desc") == forward
-    low, high = 0, 2**62  # numbers, `high` not included
+    low, high = 0, LAST_NUMBER
     for name, cursor in (("after", after), ("before", before)):
         if cursor is not None:
             number = await _number_of(tx, project, cursor)
@@ -293,29 +286,103 @@ async def find_messages(
                 high = number
             else:
                 low = number + 1
+    search = _Search(tx, project, wanted, low, high, descending=(order == "desc") == forward)
     found: list[tuple[str, str]] = []
-    blocks = await _list_blocks(tx, project, wanted, low, high, descending=descending)
-    while blocks and len(found) <= limit:
-        blocks, numbers = await _match(tx, project, wanted, blocks, low, high, descending=descending)
-        while numbers and len(found) <= limit:
-            some, numbers = numbers[:CANDIDATES], numbers[CANDIDATES:]
-            rows = await _read_messages(tx, project, wanted, some)
-            found += [(text, message_id) for number in some if number in rows for text, message_id, _ in [rows[number]]]
+    while len(found) <= limit and (numbers := await search.next_numbers()):
+        found += await search.read("object, id", numbers)
     page = found[:limit] if forward else found[:limit][::-1]
     return ListPage([text for text, _ in page], [message_id for _, message_id in page], len(found) > limit)
 
 
 async def find_threads(tx: Transaction, project: str, wanted: Wanted, limit: int) -> list[str]:
-    """The threads of the newest messages that have all the words, up to so many threads."""
+    """The threads of the newest messages that have all the words: of so many messages, more or less."""
+    search = _Search(tx, project, wanted, 0, LAST_NUMBER, descending=True)
     threads: dict[str, None] = {}
-    blocks = await _list_blocks(tx, project, wanted, 0, 2**62, descending=True)
-    while blocks and len(threads) < limit:
-        blocks, numbers = await _match(tx, project, wanted, blocks, 0, 2**62, descending=True)
-        while numbers and len(threads) < limit:
-            some, numbers = numbers[:CANDIDATES], numbers[CANDIDATES:]
-            rows = await _read_messages(tx, project, wanted, some)
-            threads |= dict.fromkeys(thread_id for _, _, thread_id in rows.values())
-    return list(threads)[:limit]
+    looked_at = 0
+    while looked_at < limit and (numbers := await search.next_numbers()):
+        threads |= dict.fromkeys([thread_id for (thread_id,) in await search.read("thread_id", numbers)])
+        looked_at += len(numbers)
+    return list(threads)
+
+
+class _Search:
+    """The numbers of the messages that have all the words, from `low` up to `high` (not included), some at a time."""
+
+    def __init__(self, tx: Transaction, project: str, wanted: Wanted, low: int, high: int, *, descending: bool) -> None:
+        self._tx = tx
+        self._project = project
+        self._wanted = wanted
+        self._low = low
+        self._high = high
+        self._descending = descending
+        self._blocks: list[int] | None = None
+        self._at_once = 1  # blocks that are looked into together
+        self._numbers: list[int] = []
+
+    async def next_numbers(self) -> list[int]:
+        """The next ones, in order; none at the end."""
+        if self._blocks is None:
+            self._blocks = await self._list_blocks()
+        while self._blocks and not self._numbers:
+            await self._look_into_blocks(self._blocks[: self._at_once])
+            del self._blocks[: self._at_once]
+            self._at_once = min(2 * self._at_once, BLOCKS_AT_ONCE)
+        numbers, self._numbers = self._numbers[:CANDIDATES], self._numbers[CANDIDATES:]
+        return numbers
+
+    async def _list_blocks(self) -> list[int]:
+        """Those that may hold what is wanted, in the order in which they are to be looked into."""
+        if not self._wanted.words:
+            return []
+        rows = await self._tx.fetch(
+            "SELECT block FROM message_blocks WHERE project_id = $1 AND block >= $2 AND block <= $3"
+            f" AND last_at >= $4 AND first_at < $5 ORDER BY block {'DESC' if self._descending else 'ASC'}",
+            self._project,
+            self._low // BLOCK,
+            self._high // BLOCK,
+            self._wanted.since,
+            self._wanted.until,
+        )
+        return [block for (block,) in rows]
+
+    async def _look_into_blocks(self, blocks: Sequence[int]) -> None:
+        places = await _read_words(self._tx, self._project, blocks, self._wanted.words)
+        for block in blocks:
+            packed = sorted((places.get((block, word), b"") for word in self._wanted.words), key=len)
+            if packed[0]:
+                common = set(array("H", packed[0])).intersection(*(array("H", one) for one in packed[1:]))
+                numbers = sorted((block * BLOCK + place for place in common), reverse=self._descending)
+                self._numbers += [number for number in numbers if self._low <= number < self._high]
+
+    async def read(self, columns: str, numbers: Sequence[int]) -> list[tuple[Any, ...]]:
+        """Columns of those of the messages that still are there, and are wanted, in the order of `numbers`."""
+        padded = repeated(numbers)
+        found = await self._tx.fetch(
+            "SELECT number, message_id FROM indexed_messages"
+            f" WHERE project_id = $1 AND number IN ({_places(2, padded)})",
+            self._project,
+            *padded,
+        )
+        if not found:
+            return []
+        ids = dict(found)
+        padded_ids = repeated(list(ids.values()))
+        values: list[SqlValue] = [self._project, self._wanted.since, self._wanted.until, *padded_ids]
+        in_thread = ""
+        if self._wanted.thread_id is not None:
+            values.append(self._wanted.thread_id)
+            in_thread = f" AND thread_id = ${len(values)}"
+        rows = await self._tx.fetch(
+            f"SELECT id, {columns} FROM messages WHERE project_id = $1 AND id IN ({_places(4, padded_ids)})"
+            f" AND created_at >= $2 AND created_at < $3 AND left_behind < 2{in_thread}",
+            *values,
+        )
+        by_id = {message_id: tuple(rest) for message_id, *rest in rows}
+        return [by_id[ids[number]] for number in numbers if ids.get(number) in by_id]
+
+
+def _places(first: int, values: Sequence[Any]) -> str:
+    return ", ".join(f"${first + at}" for at in range(len(values)))
 
 
 async def _number_of(tx: Transaction, project: str, message_id: str) -> int | None:
@@ -323,57 +390,3 @@ async def _number_of(tx: Transaction, project: str, message_id: str) -> int | No
         "SELECT number FROM indexed_messages WHERE project_id = $1 AND message_id = $2", project, message_id
     )
     return rows[0][0] if rows else None
-
-
-async def _list_blocks(
-    tx: Transaction, project: str, wanted: Wanted, low: int, high: int, *, descending: bool
-) -> list[int]:
-    """The blocks that may hold what is wanted, in the order in which they are to be looked into."""
-    if not wanted.words:
-        return []
-    rows = await tx.fetch(
-        "SELECT block FROM message_blocks WHERE project_id = $1 AND block >= $2 AND block <= $3"
-        f" AND last_at >= $4 AND first_at < $5 ORDER BY block {'DESC' if descending else 'ASC'}",
-        project,
-        low // BLOCK,
-        high // BLOCK,
-        wanted.since,
-        wanted.until,
-    )
-    return [block for (block,) in rows]
-
-
-async def _match(
-    tx: Transaction, project: str, wanted: Wanted, blocks: list[int], low: int, high: int, *, descending: bool
-) -> tuple[list[int], list[int]]:
-    """Look into the first of `blocks`; return the others, and the numbers that have all the words, in order."""
-    some = blocks[:BLOCKS_AT_ONCE]
-    places = await _read_words(tx, project, some, wanted.words)
-    numbers: list[int] = []
-    for block in some:
-        packed = sorted((places.get((block, word), b"") for word in wanted.words), key=len)
-        if packed[0]:
-            common = set(array("H", packed[0])).intersection(*(array("H", one) for one in packed[1:]))
-            numbers += sorted((block * BLOCK + place for place in common), reverse=descending)
-    return blocks[BLOCKS_AT_ONCE:], [number for number in numbers if low <= number < high]
-
-
-async def _read_messages(
-    tx: Transaction, project: str, wanted: Wanted, numbers: Sequence[int]
-) -> dict[int, tuple[str, str, str]]:
-    """Object, id and thread of those messages that still are there, and are wanted."""
-    padded = [*numbers, *([numbers[-1]] * _padding(len(numbers)))]
-    placed = ", ".join(f"${at + 4}" for at in range(len(padded)))
-    values: list[SqlValue] = [project, wanted.since, wanted.until, *padded]
-    in_thread = ""
-    if wanted.thread_id is not None:
-        values.append(wanted.thread_id)
-        in_thread = f" AND m.thread_id = ${len(values)}"
-    rows = await tx.fetch(
-        "SELECT i.number, m.object, m.id, m.thread_id FROM indexed_messages i"
-        " JOIN messages m ON m.project_id = i.project_id AND m.id = i.message_id"
-        f" WHERE i.project_id = $1 AND i.number IN ({placed})"
-        f" AND m.created_at >= $2 AND m.created_at < $3 AND m.left_behind < 2{in_thread}",
-        *values,
-    )
-    return {number: (text, message_id, thread_id) for number, text, message_id, thread_id in rows}

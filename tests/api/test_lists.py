@@ -106,7 +106,15 @@ def test_no_list_is_forgotten():
     files, which are read as those of their stores are."""
     routes = [act.__name__ for method, _, act in ROUTES if act.__name__.startswith("list_")]
     nouns = [name.removeprefix("list_").removesuffix("s").replace("_", " ") for name in routes]
-    assert {*nouns} == {*Lists("", "", "").by_noun, "model", "vector store file", "files of batch", "chunk", "citation"}
+    assert {*nouns} == {
+        *Lists("", "", "").by_noun,
+        "model",
+        "vector store file",
+        "files of batch",
+        "chunk",
+        "citation",
+        "project run",
+    }
 
 
 async def test_every_list_reads_its_query_alike(wire: Wire, lists: Lists):
