@@ -21,7 +21,7 @@ from afterglow.rows.runs import RunRow
 from afterglow.runs.budgets import NextCall, limits_of, refusal
 from afterglow.runs.context import completion_reserve
 from afterglow.runs.ledger import Amount, PromptParts, amount
-from afterglow.runs.lifecycle import Happened, RunQuery
+from afterglow.runs.lifecycle import Happened, RunQuery, make_room
 from afterglow.runs.past_prompt import Dropped, dropped_messages, estimated_parts, shown_request
 from afterglow.runs.prompt import Prompt, PromptRules, chat_request, chat_response_format, read_prompt, request_hash
 from afterglow.threads import insert_run_on_thread, insert_thread_and_run
@@ -73,8 +73,8 @@ async def dry_run(house: House, project: str, thread_id: str, body: CreateRun, q
     """Raises what creating the run would raise."""
 
     async def insert(tx: Transaction) -> Happened:
-        _, happened = await insert_run_on_thread(tx, house, project, thread_id, body, query)
-        return happened
+        await make_room(tx, house, project, thread_id, "reject")
+        return await insert_run_on_thread(tx, house, project, thread_id, body, query)
 
     return await _try(house, project, body, insert)
 

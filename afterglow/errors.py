@@ -118,6 +118,10 @@ class ThreadBusy(InvalidRequest):
     def for_run(cls, thread_id: str, run_id: str) -> ThreadBusy:
         return cls(f"Thread {thread_id} already has an active run {run_id}.")
 
+    @classmethod
+    def for_queue(cls, thread_id: str, waiting: int) -> ThreadBusy:
+        return cls(f"Thread {thread_id} already has {waiting} runs that wait for it.")
+
 
 class BadToolOutputs(InvalidRequest):
     """The outputs do not answer exactly the calls that wait; the run goes on waiting.

@@ -26,6 +26,7 @@ from afterglow.rows import threads as thread_rows
 from afterglow.rows.events import blank_run_events
 from afterglow.rows.files import LooseBlob, StoredFile
 from afterglow.rows.requests import Origin, insert_request
+from afterglow.rows.retention import is_unused
 from afterglow.rows.search_results import forget_file
 from afterglow.rows.vector_stores import Chore
 from afterglow.vector_stores import follow_up, leave_stores
@@ -193,6 +194,19 @@ async def delete_file(house: House, project: str, file_id: str) -> None:
 
     await house.store.write(condemn)
     await _finish(house, await house.store.write(work))
+
+
+async def condemn_unused_file(house: House, project: str, file_id: str, before: int) -> bool:
+    """Condemn a file that is older than `before` and that nothing uses; `tidy_files` deletes it. Return whether so."""
+
+    async def work(tx: Transaction) -> bool:
+        await file_rows.touch_file(tx, project, file_id)  # waits for those who are just making something name it
+        if not await is_unused(tx, project, file_id, before):
+            return False
+        return await file_rows.condemn_file(tx, project, file_id, house.clock.now())
+
+    # Rowwise: what others have written meanwhile is to be seen by the second statement.
+    return await house.store.write(work, rowwise=True)
 
 
 async def tidy_files(house: House) -> None:

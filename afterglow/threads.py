@@ -5,27 +5,21 @@ Runs are in `runs/lifecycle.py`; it also decides what a busy thread refuses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from afterglow.contracts import House, Segment, Transaction
-from afterglow.errors import InvalidRequest, NotFound, ThreadBusy
+from afterglow.errors import NotFound, ThreadBusy
 from afterglow.files import check_files
 from afterglow.ids import new_id
+from afterglow.messages import attach_for_search, check_named_files, insert_messages
 from afterglow.objects import (
-    AttachedCodeInterpreter,
-    AttachedFileSearch,
-    Attachment,
     CreateFileSearchResources,
     CreateMessage,
     CreateRun,
     CreateThread,
     CreateThreadAndRun,
     CreateToolResources,
-    ImageFileInput,
     Json,
     Message,
     ModifyMessage,
@@ -39,11 +33,20 @@ from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import threads as thread_rows
 from afterglow.rows.requests import Origin, insert_request
-from afterglow.runs.lifecycle import Happened, RunQuery, expire_if_due, free_thread, insert_run, tell
+from afterglow.rows.retention import is_idle
+from afterglow.rows.runs import RunRow
+from afterglow.runs.lifecycle import (
+    Happened,
+    RunQuery,
+    expire_if_due,
+    insert_run,
+    insert_waiting_run,
+    interrupt_active_run,
+    make_room,
+    tell,
+)
 from afterglow.runs.transcript import error_event
-from afterglow.vector_stores import attach_to_thread, check_stores, insert_store_of
-
-MAX_CODE_FILES = 20  # of a thread, and of an assistant
+from afterglow.vector_stores import check_stores, insert_store_of
 
 # --- threads ---------------------------------------------------------------------------------------------------
 
@@ -102,16 +105,30 @@ async def modify_thread(house: House, project: str, thread_id: str, body: Modify
 
 
 async def delete_thread(house: House, project: str, thread_id: str) -> None:
-    """Delete it and all that hangs on it; a run that is active on it is stopped, and its followers are told."""
+    """Delete it and all that hangs on it; runs that are active or wait on it are stopped, and their followers told."""
 
-    async def work(tx: Transaction) -> str | None:
-        active = await run_rows.get_active_run(tx, project, thread_id)
+    async def work(tx: Transaction) -> list[str]:
+        unfinished = await run_rows.list_unfinished(tx, project, thread_id)
         if not await thread_rows.delete_thread(tx, project, thread_id):
             raise NotFound.of("thread", thread_id)
-        return active.run.id if active else None
+        return unfinished
 
-    run_id = await house.store.write(work)
-    if run_id is not None:
+    _tell_gone(house, project, await house.store.write(work))
+
+
+async def delete_idle_thread(house: House, project: str, thread_id: str, before: int) -> bool:
+    """As `delete_thread`, if nothing has happened on it since `before`; return whether so."""
+
+    async def work(tx: Transaction) -> bool:
+        if not await is_idle(tx, project, thread_id, before):
+            return False
+        return await thread_rows.delete_thread(tx, project, thread_id)
+
+    return await house.store.write(work)
+
+
+def _tell_gone(house: House, project: str, run_ids: list[str]) -> None:
+    for run_id in run_ids:
         house.queue.cancel(run_id)
         house.events.forget(run_id)
         house.events.announce(project, run_id, Segment(2**31, 1, 1, gone_event(), "end"))
@@ -126,53 +143,55 @@ def gone_event() -> bytes:
 
 
 async def start_run(
-    house: House,
-    project: str,
-    thread_id: str,
-    body: CreateRun,
-    query: RunQuery,
-    origin: Origin,
+    house: House, project: str, thread_id: str, body: CreateRun, query: RunQuery, origin: Origin
 ) -> Happened:
     """Put a run on a thread, after the additional messages. One transaction over row, messages and events.
 
-    Raises NotFound, or ThreadBusy while another run is active.
+    While another run is active, `if_busy` refuses this one; or `queue` lets it wait for the thread, and its messages
+    with it; `interrupt` cancels the other one, too. Raises NotFound, or ThreadBusy.
     """
     now = int(house.clock.now())
+    messages = body.additional_messages or []
 
-    async def work(tx: Transaction) -> tuple[Happened | None, Happened]:
-        expired, happened = await insert_run_on_thread(tx, house, project, thread_id, body, query)
+    async def work(tx: Transaction) -> tuple[Happened, RunRow | None, list[Happened | None]]:
+        active, expired = await make_room(tx, house, project, thread_id, query.if_busy)
+        stopped = interrupted = None
+        if active is None:
+            happened = await insert_run_on_thread(tx, house, project, thread_id, body, query)
+        else:
+            await check_active_runs(tx, house, project, query.key_id)
+            await check_named_files(tx, project, messages, now)
+            urgent = query.if_busy == "interrupt"
+            happened = await insert_waiting_run(tx, house, active, body, query, urgent=urgent)
+            if urgent:
+                happened, stopped = await interrupt_active_run(tx, house, active, happened)
+                interrupted = active if stopped is None else None
         await insert_request(tx, project, origin, happened.run.id, now)
-        return expired, happened
+        return happened, interrupted, [expired, happened, stopped]
 
-    expired, happened = await house.store.write(work)
-    _wake_for_messages(house, body.additional_messages or [])
-    tell(house, expired)
-    tell(house, happened)
+    happened, interrupted, told = await house.store.write(work)
+    if attach_for_search(messages):
+        house.ingest_queue.wake()
+    for one in told:
+        tell(house, one)
+    if interrupted is not None:
+        house.events.note(project, interrupted.run.id, interrupted.run.status)
+        house.queue.cancel(interrupted.run.id)
     return happened
 
 
 async def insert_run_on_thread(
-    tx: Transaction,
-    house: House,
-    project: str,
-    thread_id: str,
-    body: CreateRun,
-    query: RunQuery,
-) -> tuple[Happened | None, Happened]:
-    """What is written of a new run: an overdue one that it replaces is expired. Raises NotFound or ThreadBusy."""
-    expired = await free_thread(tx, house, project, thread_id)
+    tx: Transaction, house: House, project: str, thread_id: str, body: CreateRun, query: RunQuery
+) -> Happened:
+    """What is written of a run on a thread that is known to be free."""
     await check_active_runs(tx, house, project, query.key_id)
     now = int(house.clock.now())
     await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
-    return expired, await insert_run(tx, house, project, thread_id, body, query)
+    return await insert_run(tx, house, project, thread_id, body, query)
 
 
 async def insert_thread_and_run(
-    tx: Transaction,
-    house: House,
-    project: str,
-    body: CreateThreadAndRun,
-    query: RunQuery,
+    tx: Transaction, house: House, project: str, body: CreateThreadAndRun, query: RunQuery
 ) -> tuple[Thread, Happened]:
     await check_active_runs(tx, house, project, query.key_id)
     thread = await insert_thread(tx, house, project, body.thread or CreateThread())
@@ -181,11 +200,7 @@ async def insert_thread_and_run(
 
 
 async def start_thread_and_run(
-    house: House,
-    project: str,
-    body: CreateThreadAndRun,
-    query: RunQuery,
-    origin: Origin,
+    house: House, project: str, body: CreateThreadAndRun, query: RunQuery, origin: Origin
 ) -> tuple[Thread, Happened]:
     """Make a thread and put a run on it, in one transaction."""
 
@@ -203,59 +218,28 @@ async def start_thread_and_run(
 # --- messages --------------------------------------------------------------------------------------------------
 
 
-async def create_message(house: House, project: str, thread_id: str, body: CreateMessage, origin: Origin) -> Message:
-    """Append a message. Raises ThreadBusy while a run is active on the thread."""
+async def create_message(
+    house: House, project: str, thread_id: str, body: CreateMessage, origin: Origin, *, while_active: bool = False
+) -> Message:
+    """Append a message. Raises ThreadBusy while a run is active on the thread, unless `while_active`."""
     now = int(house.clock.now())
 
     async def work(tx: Transaction) -> tuple[Message, Happened | None]:
-        active = await run_rows.get_active_run(tx, project, thread_id)
+        active = None if while_active else await run_rows.get_active_run(tx, project, thread_id)
         expired = await expire_if_due(tx, house, active) if active else None
-        if active and expired is None:
+        if expired:  # the thread may be another's now
+            active = await run_rows.get_active_run(tx, project, thread_id)
+        if active:
             raise ThreadBusy.for_message(thread_id, active.run.id)
         [message] = await insert_messages(tx, house, project, thread_id, [body], now)
         await insert_request(tx, project, origin, message.id, now)
         return message, expired
 
     message, expired = await house.store.write(work)
-    _wake_for_messages(house, [body])
+    if attach_for_search([body]):
+        house.ingest_queue.wake()
     tell(house, expired)
     return message
-
-
-async def insert_messages(
-    tx: Transaction, house: House, project: str, thread_id: str, bodies: Sequence[CreateMessage], now: int
-) -> list[Message]:
-    """Append messages in order. Raises NotFound for the thread, or for a file that is named and not there."""
-    place = await thread_rows.take_place(tx, project, thread_id, now, len(bodies))
-    if place is None:
-        raise NotFound.of("thread", thread_id)
-    await _take_files(tx, house, project, thread_id, bodies, now)
-    messages = []
-    for offset, body in enumerate(bodies):
-        message = Message(
-            id=new_id("msg"),
-            created_at=place.created_at,
-            thread_id=thread_id,
-            role=body.role,
-            content=stored_content(body),
-            attachments=[msgspec.to_builtins(attachment) for attachment in body.attachments or []],
-            metadata=body.metadata or {},
-            completed_at=place.created_at,
-        )
-        await message_rows.insert_message(tx, project, message, place.seq + offset)
-        messages.append(message)
-    return messages
-
-
-def stored_content(body: CreateMessage) -> list[dict[str, Any]]:
-    """The content as it is answered: a text part's `text` becomes `{"value", "annotations"}`."""
-    if isinstance(body.content, str):
-        return [{"type": "text", "text": {"value": body.content, "annotations": []}}]
-    parts: list[dict[str, Any]] = [msgspec.to_builtins(part) for part in body.content]
-    for part in parts:
-        if part["type"] == "text":
-            part["text"] = {"value": part["text"], "annotations": []}
-    return parts
 
 
 async def modify_message(house: House, project: str, thread_id: str, message_id: str, body: ModifyMessage) -> Message:
@@ -291,53 +275,6 @@ async def _missing(tx: Transaction, project: str, thread_id: str, otherwise: Not
 
 
 # --- files and vector stores -----------------------------------------------------------------------------------
-
-
-async def _take_files(
-    tx: Transaction, house: House, project: str, thread_id: str, bodies: Sequence[CreateMessage], now: float
-) -> None:
-    """Make sure that the files of new messages are there, and give those that are attached for a tool to the thread.
-
-    Raises NotFound; InvalidRequest when there are too many for code, or the thread's vector store has expired.
-    """
-    attachments = [attachment for body in bodies for attachment in body.attachments or []]
-    parts = [part for body in bodies if not isinstance(body.content, str) for part in body.content]
-    shown = [part.image_file.file_id for part in parts if isinstance(part, ImageFileInput)]
-    await check_files(tx, project, [*(attachment.file_id for attachment in attachments), *shown], now)
-    for_code = _attached(attachments, AttachedCodeInterpreter)
-    for_search = _attached(attachments, AttachedFileSearch)
-    if not for_code and not for_search:
-        return
-    thread = await thread_rows.get_thread(tx, project, thread_id)
-    assert thread is not None
-    if for_code:
-        _attach_for_code(thread, for_code)
-    if for_search:
-        await attach_to_thread(tx, house, project, thread, for_search)
-    await thread_rows.update_thread(tx, project, thread)
-
-
-def _attached(attachments: Sequence[Attachment], tool: type[AttachedCodeInterpreter | AttachedFileSearch]) -> list[str]:
-    """The ids of the files that are attached for one of the tools."""
-    return [one.file_id for one in attachments if any(isinstance(named, tool) for named in one.tools or ())]
-
-
-def _wake_for_messages(house: House, bodies: Sequence[CreateMessage]) -> None:
-    """After the commit, as `wake_for_files`."""
-    if any(_attached(body.attachments or [], AttachedFileSearch) for body in bodies):
-        house.ingest_queue.wake()
-
-
-def _attach_for_code(thread: Thread, file_ids: list[str]) -> None:
-    named = thread.tool_resources.get("code_interpreter") or {}
-    together = list(dict.fromkeys([*named.get("file_ids", []), *file_ids]))
-    if len(together) > MAX_CODE_FILES:
-        raise InvalidRequest(
-            f"Invalid 'attachments': too many files. The code interpreter of a thread takes at most {MAX_CODE_FILES} "
-            f"files, and with these it would have {len(together)}.",
-            param="attachments",
-        )
-    thread.tool_resources["code_interpreter"] = {"file_ids": together}
 
 
 async def checked_resources(

@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
     {"api", "runs.worker", "declared", "transfer", "saved"},
     {"assistants", "threads", "files", "uploads", "vector_stores", "webhooks", "deliveries", "bills", "dry_run"}
     | {"inspection", "access", "audit", "projects", "quotas", "proxies", "tools.code_interpreter"}
+    | {"messages", "finding", "retention"}
     | {"ingest.pipeline", "ingest.upkeep"}
     | {
         "runs.lifecycle",
@@ -39,7 +40,9 @@ FLOORS: list[set[str]] = [
         "runs.search",
     },
     {"runs.closing", "runs.outputs", "runs.transcript", "runs.context", "runs.images", "tools", "files"},
-    {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"} | INGEST,
+    {"rows", "search.ranking", "search.filters", "search.pieces", "runs.states", "ingest.states"}
+    | INGEST
+    | {"search.words"},
     {"contracts", "objects", "errors", "settings", "telemetry", "metrics", "ids", "signing", "addresses"}
     | {"prices", "calibration", "limits", "afterglow"},
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -20,6 +20,7 @@ from afterglow.api import (
     assistants,
     bills,
     files,
+    finding,
     inspection,
     models,
     organization,
@@ -98,6 +99,7 @@ from afterglow.objects import (
 from afterglow.rows.audit import COMPARISONS
 from afterglow.rows.spend import GROUPS, METADATA
 from afterglow.runs.ledger import Ledger
+from afterglow.runs.lifecycle import IfBusy
 from afterglow.runs.past_prompt import StepPrompt
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -137,6 +139,7 @@ ACTS = (
     "actor_ids[]",
     "resource_ids[]",
 )
+FOUND_THREADS = ("assistant_id", "run_status", "query", "created_at")
 UPLOAD: Json = {
     "type": "object",
     "properties": {
@@ -161,17 +164,21 @@ SHAPES: dict[Endpoint, Shape] = {
     assistants.modify_assistant: Shape(ModifyAssistant, Assistant),
     assistants.delete_assistant: Shape(deleted="assistant.deleted"),
     threads.create_thread: Shape(CreateThread, Thread, empty_ok=True),
-    threads.list_threads: Shape(query=(*CURSOR, "metadata"), list_of=Thread),
+    threads.list_threads: Shape(query=(*CURSOR, "metadata", *FOUND_THREADS), list_of=Thread),
+    finding.search_messages: Shape(query=(*CURSOR, "required query", "thread_id", "created_at"), list_of=Message),
+    finding.list_project_runs: Shape(
+        query=(*CURSOR, "status", "assistant_id", "thread_id", "model", "created_at"), list_of=Run
+    ),
     threads.retrieve_thread: Shape(answer=Thread),
     threads.modify_thread: Shape(ModifyThread, Thread),
     threads.delete_thread: Shape(deleted="thread.deleted"),
-    threads.create_message: Shape(CreateMessage, Message),
+    threads.create_message: Shape(CreateMessage, Message, ("if_busy for messages",)),
     threads.list_messages: Shape(query=(*CURSOR, "run_id"), list_of=Message),
     threads.retrieve_message: Shape(answer=Message),
     threads.modify_message: Shape(ModifyMessage, Message),
     threads.delete_message: Shape(deleted="thread.message.deleted"),
     runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, (*INCLUDE, "tool_timeout_s", *LIMITS)),
-    runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "tool_timeout_s", *LIMITS)),
+    runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "if_busy", "tool_timeout_s", *LIMITS)),
     runs.list_runs: Shape(query=CURSOR, list_of=Run),
     runs.retrieve_run: Shape(answer=Run, query=("wait", "status of runs")),
     runs.follow_run_events: Shape(events=True, query=("after event", "until")),
@@ -274,6 +281,39 @@ QUERY: dict[str, Json] = {
     },
     "until": {"schema": {"enum": list(runs.UNTIL), "default": "end"}, "description": "Where the stream ends."},
     "run_id": {"schema": TEXT, "description": "Keep what this run wrote."},
+    "if_busy": {
+        "schema": {"enum": list(get_args(IfBusy)), "default": "reject"},
+        "description": "What to do while another run is active on the thread.",
+    },
+    "if_busy for messages": {
+        "name": "if_busy",
+        "schema": {"enum": list(threads.IF_BUSY)},
+        "description": "What to do while a run is active on the thread; without it, the server's setting says.",
+    },
+    "assistant_id": {
+        "schema": TEXT,
+        "description": "Keep what a run of this assistant was on, or the runs themselves.",
+    },
+    "thread_id": {"schema": TEXT, "description": "Keep what is on this thread."},
+    "model": {"schema": TEXT, "description": "Keep the runs that ask for this model."},
+    "status": {"schema": {"enum": list(finding.RUN_STATUSES)}, "description": "Keep the runs of this status."},
+    "run_status": {
+        "schema": {"enum": list(finding.RUN_STATUSES)},
+        "description": "Keep the threads whose last run has this status.",
+    },
+    "query": {"schema": TEXT, "description": "Words that must all occur in one message."},
+    "required query": {
+        "name": "query",
+        "required": True,
+        "schema": TEXT,
+        "description": "Words that must all occur in the message.",
+    },
+    "created_at": {
+        "style": "deepObject",
+        "explode": True,
+        "schema": {"type": "object", "properties": {sign: {"type": "integer"} for sign in finding.CREATED_AT}},
+        "description": "Keep what was created then, Unix seconds.",
+    },
     "purpose": {"schema": TEXT, "description": "Keep the files of this purpose."},
     "filter": {"schema": {"enum": list(vector_stores.FILE_STATUSES)}, "description": "Keep the files of this status."},
     "status of delivery": {

@@ -59,6 +59,14 @@ def query_value(request: Request, name: str) -> str | None:
     return values[0]
 
 
+def query_choice(request: Request, name: str, choices: Sequence[str]) -> str | None:
+    """As `query_value`, of a parameter that takes these values alone."""
+    value = query_value(request, name)
+    if value is not None and value not in choices:
+        raise faults.unsupported_value(name, value, choices)
+    return value
+
+
 def _limit(text: str | None, default: int) -> int:
     if text is None:
         return default

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 from starlette.requests import Request
@@ -15,7 +15,7 @@ from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_
 from afterglow.api.bills import is_dry_run, read_limits
 from afterglow.api.bodies import parse
 from afterglow.api.holding import Seen, held, read_wait
-from afterglow.api.pages import query_value, read_include, read_seconds
+from afterglow.api.pages import query_choice, query_value, read_include, read_seconds
 from afterglow.api.sse import EventStream
 from afterglow.contracts import START, Position, Stop, Transaction
 from afterglow.dry_run import dry_run, dry_thread_and_run
@@ -36,8 +36,9 @@ EVENT_ID = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})")
 
 
 async def create_run(request: Request) -> Response:
-    """POST /threads/{thread_id}/runs. With `stream`, answers with the run's event log as it grows. With `dry_run`,
-    nothing is done, and the answer tells what would be."""
+    """POST /threads/{thread_id}/runs. With `stream`, answers with the run's event log as it grows. While another run
+    is active on the thread, `if_busy` refuses this one, queues it behind the other, or cancels the other, too. With
+    `dry_run`, nothing is done, and the answer tells what would be."""
     body = await parse(request, CreateRun)
     query = _read_query(request)
     if is_dry_run(request):
@@ -85,6 +86,7 @@ def _read_query(request: Request) -> lifecycle.RunQuery:
         request.state.key_id,
         None if timeout is None else read_seconds("tool_timeout_s", timeout, *TOOL_TIMEOUT_S),
         *read_limits(request),
+        cast(lifecycle.IfBusy, query_choice(request, "if_busy", get_args(lifecycle.IfBusy)) or "reject"),
     )
 
 

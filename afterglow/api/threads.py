@@ -13,7 +13,8 @@ from afterglow import threads
 from afterglow.api import faults
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
 from afterglow.api.bodies import parse
-from afterglow.api.pages import query_value
+from afterglow.api.finding import read_thread_filters
+from afterglow.api.pages import query_choice, query_value
 from afterglow.contracts import START, Transaction
 from afterglow.errors import NotFound
 from afterglow.objects import CreateMessage, CreateThread, Deleted, Message, ModifyMessage, ModifyThread
@@ -25,6 +26,7 @@ from afterglow.runs.closing import content_so_far
 
 METADATA_FILTER = re.compile(r"metadata\[.+\]", re.DOTALL)
 MAX_PAIRS = 16
+IF_BUSY = ("reject", "allow")
 WRITING = '"status":"in_progress"'
 
 
@@ -38,11 +40,13 @@ async def create_thread(request: Request) -> Response:
 
 
 async def list_threads(request: Request) -> Response:
-    """GET /threads: an extension. `metadata[KEY]=VALUE` keeps those that have the pair; several must all match."""
-    wanted = _wanted_metadata(request)
+    """GET /threads: an extension. `metadata[KEY]=VALUE` keeps those that have the pair; several must all match. So must
+    the other filters: by assistant, time, status of the last run, and words of the messages."""
+    wanted, filters = _wanted_metadata(request), read_thread_filters(request)
 
     async def page(tx: Transaction, **cursor: Any) -> ListPage:
-        return await thread_rows.list_threads(tx, project_of(request), wanted, **cursor)
+        kept = await filters.kept(tx, project_of(request))
+        return await thread_rows.list_threads(tx, project_of(request), wanted, **cursor, kept=kept)
 
     return await reply_list(request, "thread", page)
 
@@ -85,11 +89,13 @@ async def delete_thread(request: Request) -> Response:
 
 
 async def create_message(request: Request) -> Response:
-    """POST /threads/{thread_id}/messages"""
+    """POST /threads/{thread_id}/messages. While a run is active, `if_busy` refuses the message, or allows it."""
+    house, project, thread_id = house_of(request), project_of(request), request.path_params["thread_id"]
     body = await parse(request, CreateMessage)
-    thread_id = request.path_params["thread_id"]
+    if_busy = query_choice(request, "if_busy", IF_BUSY)
+    allowed = house.settings.messages_while_active if if_busy is None else if_busy == "allow"
     origin = await origin_of(request)
-    return reply(await threads.create_message(house_of(request), project_of(request), thread_id, body, origin))
+    return reply(await threads.create_message(house, project, thread_id, body, origin, while_active=allowed))
 
 
 async def list_messages(request: Request) -> Response:

@@ -8,7 +8,8 @@ from afterglow.contracts import Transaction
 
 
 class Backlog(NamedTuple):
-    """runs: queued. oldest_at: when the oldest of them was created, Unix seconds. files: that are not indexed yet."""
+    """runs: queued, without those that wait for their thread. oldest_at: when the oldest of them was created, Unix
+    seconds. files: that are not indexed yet."""
 
     runs: int
     oldest_at: int | None
@@ -17,8 +18,8 @@ class Backlog(NamedTuple):
 
 async def count_backlog(tx: Transaction) -> Backlog:
     [(runs, oldest_at, files)] = await tx.fetch(
-        "SELECT (SELECT COUNT(*) FROM runs WHERE status = 'queued'),"
-        " (SELECT MIN(created_at) FROM runs WHERE status = 'queued'),"
+        "SELECT (SELECT COUNT(*) FROM runs WHERE status = 'queued' AND holds_thread = 1),"
+        " (SELECT MIN(created_at) FROM runs WHERE status = 'queued' AND holds_thread = 1),"
         " (SELECT COUNT(*) FROM vector_store_files WHERE status = 'in_progress')"
     )
     return Backlog(runs, oldest_at, files)

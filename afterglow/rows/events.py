@@ -79,13 +79,21 @@ async def get_kept(tx: Transaction, project: str, run_id: str) -> Kept | None:
     return Kept(Position(attempt, first - 1), Position(last_attempt, last), stop)
 
 
-async def delete_events_before(tx: Transaction, created_before: int, limit: int) -> int:
+async def next_project(tx: Transaction, after: str) -> str | None:
+    """The next project, by its name, that has events."""
+    rows = await tx.fetch("SELECT MIN(project_id) FROM events WHERE project_id > $1", after)
+    return rows[0][0] if rows else None
+
+
+async def delete_events_before(tx: Transaction, project: str, created_before: int, limit: int) -> int:
     """Delete old segments of runs that are over, or gone: text that was just being written when its thread was deleted
     may have been left. Return how many."""
     return await tx.execute(
         "DELETE FROM events WHERE (project_id, run_id, attempt, first_seq) IN (SELECT e.project_id, e.run_id,"
         " e.attempt, e.first_seq FROM events e LEFT JOIN runs r ON r.project_id = e.project_id AND r.id = e.run_id"
-        f" WHERE e.created_at < $1 AND COALESCE(r.holds_thread, 0) = 0 LIMIT {limit})",
+        " WHERE e.project_id = $1 AND e.created_at < $2 AND COALESCE(r.holds_thread, 0) = 0"
+        f" AND COALESCE(r.status, '') <> 'queued' LIMIT {limit})",
+        project,
         created_before,
     )
 

@@ -101,6 +101,11 @@ async def insert_file(tx: Transaction, project: str, file: File, blob: str, seq:
     )
 
 
+async def touch_file(tx: Transaction, project: str, file_id: str) -> None:
+    """Write it as it is: whoever holds it is waited for."""
+    await tx.execute("UPDATE files SET blob = blob WHERE project_id = $1 AND id = $2", project, file_id)
+
+
 async def condemn_file(tx: Transaction, project: str, file_id: str, now: float) -> bool:
     """Whether it is there; from the commit on it is not, and nothing more can come to name it."""
     condemned = await tx.execute(

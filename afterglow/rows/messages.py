@@ -9,6 +9,7 @@ import msgspec
 from afterglow.contracts import Transaction
 from afterglow.objects import Json, Message
 from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.message_words import forget_message, note_unindexed
 from afterglow.rows.requests import delete_answers
 
 LISTED = "project_id = $1 AND thread_id = $2 AND left_behind < 2"
@@ -97,6 +98,8 @@ async def insert_message(tx: Transaction, project: str, message: Message, seq: i
         message.status,
         msgspec.json.encode(message).decode(),
     )
+    if message.status != "in_progress":
+        await note_unindexed(tx, project, message.id, message.created_at)
 
 
 async def update_message(tx: Transaction, project: str, message: Message, *, left_behind: bool = False) -> None:
@@ -108,6 +111,8 @@ async def update_message(tx: Transaction, project: str, message: Message, *, lef
         int(left_behind),
         msgspec.json.encode(message).decode(),
     )
+    if message.status != "in_progress":
+        await note_unindexed(tx, project, message.id, message.created_at)
 
 
 async def update_message_object(tx: Transaction, project: str, message: Message) -> None:
@@ -133,6 +138,7 @@ async def hide_left_behind(tx: Transaction, project: str, run_id: str) -> None:
 async def delete_message(tx: Transaction, project: str, thread_id: str, message_id: str) -> str | None:
     """Delete it, and return the id of the run that wrote it, or "" when a caller did; None when there is none. Where
     it was is noted, for those who ask what a model was given."""
+    await forget_message(tx, project, message_id)
     rows = await tx.fetch(
         "DELETE FROM messages WHERE project_id = $1 AND id = $2 AND thread_id = $3"
         " RETURNING seq, created_at, run_id, left_behind, object",

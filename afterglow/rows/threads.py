@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from afterglow.contracts import Transaction
 from afterglow.objects import Thread
 from afterglow.rows.files import set_file_uses
-from afterglow.rows.lists import ListPage, list_page
+from afterglow.rows.lists import Kept, ListPage, list_page
+from afterglow.rows.message_words import FORGET_THREAD
 from afterglow.rows.requests import delete_answers
 from afterglow.rows.webhooks import forget_events
 
@@ -19,6 +20,7 @@ _OF_A_THREAD = (
     "DELETE FROM spend_tags WHERE project_id = $1 AND run_id IN"
     " (SELECT id FROM runs WHERE project_id = $1 AND thread_id = $2)",
     "DELETE FROM deleted_messages WHERE project_id = $1 AND thread_id = $2",
+    *FORGET_THREAD,
     "DELETE FROM events WHERE project_id = $1 AND run_id IN"
     " (SELECT id FROM runs WHERE project_id = $1 AND thread_id = $2)",
     "DELETE FROM model_calls WHERE project_id = $1 AND thread_id = $2",
@@ -53,6 +55,7 @@ async def list_threads(
     order: str,
     after: str | None,
     before: str | None,
+    kept: Sequence[Kept] = (),
 ) -> ListPage:
     """metadata: only threads that have all these pairs."""
     where, values = "project_id = $1", [project]
@@ -62,7 +65,41 @@ async def list_threads(
             f" AND m.key = ${len(values) + 1} AND m.value = ${len(values) + 2})"
         )
         values += [key, value]
-    return await list_page(tx, "threads", where, tuple(values), limit=limit, order=order, after=after, before=before)
+    return await list_page(
+        tx, "threads", where, tuple(values), limit=limit, order=order, after=after, before=before, kept=kept
+    )
+
+
+FEW_RUNS = 5_000  # whose threads are looked up one by one, instead of looking at all threads
+
+
+async def of_assistant(tx: Transaction, project: str, assistant_id: str) -> list[Kept]:
+    """Keeps the threads that a run of the assistant was on."""
+    if await _are_few(tx, project, "assistant_id", assistant_id):
+        return [("id IN (SELECT thread_id FROM runs WHERE project_id = $1 AND assistant_id = {})", (assistant_id,))]
+    condition = (
+        "EXISTS (SELECT 1 FROM runs r WHERE r.project_id = $1 AND r.thread_id = threads.id AND r.assistant_id = {})"
+    )
+    return [(condition, (assistant_id,))]
+
+
+async def of_last_run(tx: Transaction, project: str, status: str) -> list[Kept]:
+    """Keeps the threads whose last run has this status."""
+    condition = (
+        "(SELECT r.status FROM runs r WHERE r.project_id = $1 AND r.thread_id = threads.id"
+        " ORDER BY r.created_at DESC, r.seq DESC LIMIT 1) = {}"
+    )
+    kept: list[Kept] = [(condition, (status,))]
+    if await _are_few(tx, project, "status", status):
+        kept.append(("id IN (SELECT thread_id FROM runs WHERE project_id = $1 AND status = {})", (status,)))
+    return kept
+
+
+async def _are_few(tx: Transaction, project: str, column: Literal["assistant_id", "status"], value: str) -> bool:
+    rows = await tx.fetch(
+        f"SELECT 1 FROM runs WHERE project_id = $1 AND {column} = $2 LIMIT 1 OFFSET {FEW_RUNS}", project, value
+    )
+    return not rows
 
 
 async def insert_thread(tx: Transaction, project: str, thread: Thread, seq: int) -> None:

@@ -44,7 +44,7 @@ async def list_places(tx: Transaction, project: str, thread_id: str) -> list[Pla
     rows = await tx.fetch(
         "SELECT created_at, seq, 'messages', id, status <> 'in_progress' FROM messages"
         " WHERE project_id = $1 AND thread_id = $2 AND left_behind < 2"
-        " UNION ALL SELECT created_at, seq, 'runs', id, holds_thread = 0 FROM runs"
+        " UNION ALL SELECT created_at, seq, 'runs', id, holds_thread = 0 AND status <> 'queued' FROM runs"
         " WHERE project_id = $1 AND thread_id = $2"
         " UNION ALL SELECT s.created_at, s.seq, 'steps', s.id, r.holds_thread = 0 AND s.status <> 'in_progress'"
         " FROM runs r JOIN steps s ON s.project_id = r.project_id AND s.run_id = r.id"

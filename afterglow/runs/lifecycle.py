@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET
 
 from afterglow.contracts import START, House, KnownRun, Position, Segment, Stop, Transaction
-from afterglow.errors import Gone, InvalidRequest, NotFound, ThreadBusy
+from afterglow.errors import ApiError, Gone, InvalidRequest, NotFound, ThreadBusy
 from afterglow.ids import new_id
+from afterglow.messages import attach_for_search, insert_messages
 from afterglow.objects import (
     HELD_RUNS,
     INCLUDE_FILE_SEARCH_CONTENT,
+    CreateMessage,
     CreateRun,
     CreateThreadAndRun,
     Json,
@@ -53,16 +55,31 @@ ROUNDS_REMEMBERED = 32  # newest steps among which outputs that come again are l
 NOTHING_NEW = Segment(0, 0, 0, b"")
 STEP_ENDS = (b"completed", b"failed")
 
+IfBusy = Literal["reject", "queue", "interrupt"]
+MAX_WAITING = 100  # runs behind the one that holds a thread
+
 
 class Happened(NamedTuple):
     """What a transaction did to a run, for those who wait. run: as the caller is to see it. since: the place in the
-    event log just before `segment`. webhooks: somebody is to be told."""
+    event log just before `segment`. webhooks: somebody is to be told. passed: what became of the thread that it held.
+    """
 
     project: str
     run: Run
     since: Position
     segment: Segment
     webhooks: bool = False
+    passed: Passed | None = None
+
+
+class Passed(NamedTuple):
+    """A thread went to a run that waited for it. failed: the one that was first, if it could not have it. attaches:
+    there are files to be indexed."""
+
+    project: str
+    run_id: str
+    failed: Happened | None = None
+    attaches: bool = False
 
 
 def tell(house: House, happened: Happened | None) -> None:
@@ -75,6 +92,18 @@ def tell(house: House, happened: Happened | None) -> None:
         house.webhook_queue.wake()
     if happened.run.status == "queued":
         house.queue.wake()
+    tell_passed(house, happened.passed)
+
+
+def tell_passed(house: House, passed: Passed | None) -> None:
+    """As `tell`, of a thread that was passed on."""
+    if passed is None:
+        return
+    tell(house, passed.failed)
+    house.events.note(passed.project, passed.run_id, "queued")  # its row alone was changed
+    house.queue.wake()
+    if passed.attaches:
+        house.ingest_queue.wake()
 
 
 # --- creating --------------------------------------------------------------------------------------------------
@@ -92,6 +121,7 @@ class RunQuery(NamedTuple):
     tool_timeout_s: float | None = None
     max_total_tokens: int | None = None
     max_cost: float | None = None
+    if_busy: IfBusy = "reject"
 
 
 def new_run(
@@ -185,16 +215,29 @@ async def insert_run(
     tool_resources: dict[str, Any] | None = None,
 ) -> Happened:
     """Queue a run on a thread that is known to be free."""
+    row = await _new_row(tx, house, project, thread_id, body, query)
+    row.run.tool_resources = tool_resources or {}
+    return await _insert(tx, row)
+
+
+async def _new_row(
+    tx: Transaction,
+    house: House,
+    project: str,
+    thread_id: str,
+    body: CreateRun | CreateThreadAndRun,
+    query: RunQuery,
+) -> RunRow:
+    """A run with its place in the thread."""
     assistant = await get_assistant(tx, project, body.assistant_id)
     if assistant is None:
         raise _no_assistant(body.assistant_id)
     run, asked = new_run(house, thread_id, assistant, body, query)
-    run.tool_resources = tool_resources or {}
     place = await thread_rows.take_place(tx, project, thread_id, run.created_at)
     assert place is not None
     deadline = run.created_at + house.settings.run_expires_s
     run.created_at = place.created_at
-    row = RunRow(
+    return RunRow(
         project=project,
         run=run,
         asked=asked,
@@ -204,10 +247,13 @@ async def insert_run(
         seq=place.seq,
         key_id=query.key_id,
     )
+
+
+async def _insert(tx: Transaction, row: RunRow) -> Happened:
     await run_rows.insert_run(tx, row)
-    segment = Transcript(0).number([run_event(run, "created"), run_event(run)])
-    await event_rows.insert_segment(tx, project, run.id, segment, run.created_at)
-    return Happened(project, run, START, segment)
+    segment = Transcript(0).number([run_event(row.run, "created"), run_event(row.run)])
+    await event_rows.insert_segment(tx, row.project, row.run.id, segment, row.run.created_at)
+    return Happened(row.project, row.run, START, segment)
 
 
 def _no_assistant(assistant_id: str) -> NotFound | InvalidRequest:
@@ -220,20 +266,100 @@ def _no_assistant(assistant_id: str) -> NotFound | InvalidRequest:
     return NotFound.of("assistant", assistant_id)
 
 
-async def free_thread(tx: Transaction, house: House, project: str, thread_id: str) -> Happened | None:
-    """Make sure that a run can be put on the thread; an active run that is overdue is expired on the way.
+# --- a busy thread ---------------------------------------------------------------------------------------------
+
+
+async def make_room(
+    tx: Transaction, house: House, project: str, thread_id: str, if_busy: IfBusy
+) -> tuple[RunRow | None, Happened | None]:
+    """The run that holds the thread, if one does; and one that was overdue and has been expired on the way.
 
     Raises NotFound or ThreadBusy.
     """
     if await thread_rows.get_thread_object(tx, project, thread_id) is None:
         raise NotFound.of("thread", thread_id)
     active = await run_rows.get_active_run(tx, project, thread_id)
-    if active is None:
-        return None
-    expired = await expire_if_due(tx, house, active)
-    if expired is None:
+    expired = await expire_if_due(tx, house, active) if active else None
+    if expired:  # the thread may be another's now
+        active = await run_rows.get_active_run(tx, project, thread_id)
+    if active and if_busy == "reject":
         raise ThreadBusy.for_run(thread_id, active.run.id)
-    return expired
+    return active, expired
+
+
+async def insert_waiting_run(
+    tx: Transaction, house: House, active: RunRow, body: CreateRun, query: RunQuery, *, urgent: bool
+) -> Happened:
+    """Queue a run behind the one that holds the thread. urgent: ahead of others that wait.
+
+    Nothing waits for ever: it expires when all that are ahead of it would have expired, and its own time after that
+    is over. Its time begins anew when it gets the thread. Raises ThreadBusy when too many wait.
+    """
+    project, thread_id = active.project, active.run.thread_id
+    await run_rows.touch_active_run(tx, active)
+    queue = await run_rows.get_queue(tx, project, thread_id)
+    if queue.runs >= MAX_WAITING:
+        raise ThreadBusy.for_queue(thread_id, queue.runs)
+    row = await _new_row(tx, house, project, thread_id, body, query)
+    row.waits, row.urgent = True, urgent
+    row.asked.additional_messages = msgspec.to_builtins(body.additional_messages or [])
+    row.deadline = row.run.expires_at = max(active.deadline, queue.deadline) + house.settings.run_expires_s
+    return await _insert(tx, row)
+
+
+async def interrupt_active_run(
+    tx: Transaction, house: House, active: RunRow, waiting: Happened
+) -> tuple[Happened, Happened | None]:
+    """Cancel the run that `waiting` waits for; return `waiting` as it is after that, and what happened to the other
+    if nobody executed it. The caller tells whoever does."""
+    stopped = None
+    if active.run.status not in HELD_RUNS:
+        _, stopped = await _cancel_unheld(tx, house, active)
+    elif active.run.status != "cancelling":
+        move_run(active.run, "cancel_asked", int(house.clock.now()))
+        await run_rows.update_run(tx, active)
+    row = await _get_run(tx, active.project, active.run.thread_id, waiting.run.id)
+    return waiting._replace(run=row.run), stopped
+
+
+async def pass_on(tx: Transaction, house: House, row: RunRow, next_id: str | None) -> Passed | None:
+    """Let the run that waited first have the thread that `row` has just let go, in the same transaction; its
+    additional messages come into the thread now. If they cannot any more, it fails, and the thread goes further."""
+    if next_id is None:
+        return None
+    waiting = await run_rows.get_run(tx, row.project, row.run.thread_id, next_id)
+    assert waiting is not None
+    now = int(house.clock.now())
+    messages = msgspec.convert(waiting.asked.additional_messages, list[CreateMessage])
+    try:
+        await insert_messages(tx, house, row.project, row.run.thread_id, messages, now)
+    except ApiError as error:
+        waiting.run.last_error = LastError("server_error", f"Its messages could not be added: {error.message}")
+        move_run(waiting.run, "broke", now, usage=waiting.spent)
+        return Passed(row.project, next_id, await _write(tx, house, waiting, [run_event(waiting.run)]))
+    waiting.asked.additional_messages = []
+    waiting.deadline = waiting.run.expires_at = now + house.settings.run_expires_s
+    await run_rows.give_thread(tx, waiting)
+    return Passed(row.project, next_id, attaches=attach_for_search(messages))
+
+
+async def pass_on_stranded(house: House, limit: int) -> int:
+    """Give threads that nobody holds to those who wait for them; return how many. There should be none."""
+
+    async def work(tx: Transaction) -> list[Passed]:
+        passed = []
+        for project, thread_id, run_id in await run_rows.list_stranded(tx, limit):
+            row = await run_rows.get_run(tx, project, thread_id, run_id)
+            if row and await run_rows.get_active_run(tx, project, thread_id) is None:
+                passed.append(await pass_on(tx, house, row, run_id))
+        return [one for one in passed if one]
+
+    if not await house.store.read(lambda tx: run_rows.list_stranded(tx, 1)):
+        return 0
+    passed = await house.store.write(work)
+    for one in passed:
+        tell_passed(house, one)
+    return len(passed)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -525,9 +651,14 @@ async def _write(tx: Transaction, house: House, row: RunRow, events: list[Event]
     since = await event_rows.get_last_position(tx, row.project, row.run.id)
     transcript = Transcript(row.attempt, since.sequence if since.attempt == row.attempt else 0)
     segment = transcript.number(events, stop_of(row.run))
-    await run_rows.update_run(tx, row)
+    next_id = await run_rows.update_run(tx, row)
     await event_rows.insert_segment(tx, row.project, row.run.id, segment, int(house.clock.now()))
     webhooks = await record_run(tx, row.project, row.run, house.clock.now())
     return Happened(
-        row.project, msgspec.structs.replace(row.run), Position(segment.attempt, segment.first - 1), segment, webhooks
+        row.project,
+        msgspec.structs.replace(row.run),
+        Position(segment.attempt, segment.first - 1),
+        segment,
+        webhooks,
+        await pass_on(tx, house, row, next_id),
     )

@@ -73,6 +73,7 @@ from afterglow.runs.closing import InHand, close_open_steps, close_step
 from afterglow.runs.context import estimate_tokens
 from afterglow.runs.images import inline_stored_images
 from afterglow.runs.interrupt import Interrupt, Interrupted
+from afterglow.runs.lifecycle import Passed, pass_on, tell_passed
 from afterglow.runs.prompt import (
     Prompt,
     PromptRules,
@@ -848,13 +849,13 @@ class Execution:
         self._unwritten += self.house.events.take_unwritten(self.row.run.id)
         sequence = self._transcript.sequence
 
-        async def fenced(tx: Transaction) -> tuple[RunRow, Segment, bool]:
+        async def fenced(tx: Transaction) -> tuple[RunRow, Segment, bool, Passed | None]:
             self._transcript.sequence = sequence  # it may be run again
             row = await run_rows.get_held_run(tx, self.row.project, self.row.run.id, self.row.attempt)
             if row is None:
                 raise LostLease(self.row.run.id)
             segment = self._transcript.number(await work(tx, row), stop_of(row.run))
-            await run_rows.update_run(tx, row)
+            next_id = await run_rows.update_run(tx, row)
             parts = [*self._unwritten, segment] if segment.data else self._unwritten
             if await self._message_is_gone(tx):
                 parts = [part._replace(data=b"") for part in parts]
@@ -862,11 +863,11 @@ class Execution:
             for part in parts:
                 await event_rows.insert_segment(tx, row.project, row.run.id, part, int(self.house.clock.now()))
             webhooks = await record_run(tx, row.project, row.run, self.house.clock.now())
-            return row, segment, webhooks
+            return row, segment, webhooks, await pass_on(tx, self.house, row, next_id)
 
         while True:
             try:
-                self.row, segment, webhooks = await self.house.store.write(fenced)
+                self.row, segment, webhooks, passed = await self.house.store.write(fenced)
                 break
             except StoreError:
                 if self.house.clock.now() > self.row.deadline:
@@ -878,6 +879,7 @@ class Execution:
             self.house.webhook_queue.wake()
         if self.row.run.status in TERMINAL:
             report.ended(self.house, self.row.project, self.row.run, self.row.attempt)
+        tell_passed(self.house, passed)
 
     async def _message_is_gone(self, tx: Transaction) -> bool:
         """Whether a caller deleted the message that is being written: then its text must not stay in the log."""

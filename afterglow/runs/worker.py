@@ -23,7 +23,9 @@ from afterglow import telemetry
 from afterglow.contracts import House, Segment, Transaction
 from afterglow.errors import AfterglowError, LostLease, StoreError
 from afterglow.files import tidy_files
+from afterglow.finding import index_messages
 from afterglow.ids import new_id
+from afterglow.retention import Retention
 from afterglow.rows import events as event_rows
 from afterglow.rows import requests as request_rows
 from afterglow.rows import runs as run_rows
@@ -32,7 +34,7 @@ from afterglow.runs import report
 from afterglow.runs.budgets import Budgets
 from afterglow.runs.closing import leave_behind_open_steps
 from afterglow.runs.interrupt import Why
-from afterglow.runs.lifecycle import expire_overdue, time_out_calls
+from afterglow.runs.lifecycle import expire_overdue, pass_on_stranded, time_out_calls
 from afterglow.runs.loop import Execution
 from afterglow.runs.states import move_run
 from afterglow.runs.transcript import Event, Transcript, run_event
@@ -45,6 +47,7 @@ from afterglow.webhooks import tidy_deliveries
 CLAIM_LIMIT = 64
 POLL_S = 1.0  # how long a lost wake-up, or a run left by another worker, can go unnoticed
 SWEEP_S = 1.0
+INDEX_S = 1.0  # after that, and what it takes, a message is found by its words
 TIDY_EVERY_SWEEPS = 60
 TIDY_LIMIT = 500
 STORE_RETRY_S = 1.0
@@ -68,6 +71,7 @@ class Worker:
         self._id = new_id("worker")
         self._budgets = Budgets(house)
         self._interpreter = CodeInterpreter(house, self._id)
+        self._retention = Retention(house)
         self._executions: dict[str, Execution] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
@@ -87,6 +91,7 @@ class Worker:
             self._claiming,
             asyncio.create_task(self._repeat(self._renew, self._house.settings.run_lease_s / 3)),
             asyncio.create_task(self._repeat(self._sweep, SWEEP_S)),
+            asyncio.create_task(self._repeat(self._index_messages, INDEX_S)),
         ]
 
     async def drain(self) -> None:
@@ -232,23 +237,26 @@ class Worker:
                 self._interrupt(run_id, "cancelled")
         await expire_overdue(self._house, CLAIM_LIMIT, frozenset(self._executions))
         await time_out_calls(self._house, CLAIM_LIMIT)
+        if stranded := await pass_on_stranded(self._house, CLAIM_LIMIT):
+            log.error("%d runs waited for threads that no run held; they have them now.", stranded)
         await self._interpreter.sweep()
         self._sweeps += 1
         if self._sweeps % TIDY_EVERY_SWEEPS == 0:
             await self._tidy()
 
+    async def _index_messages(self) -> None:
+        await index_messages(self._house)
+
     async def _tidy(self) -> None:
         """Delete what has outlived its use, a bounded number at a time."""
         now = int(self._house.clock.now())
-        before = now - self._house.settings.event_retention_h * 3600
 
         async def work(tx: Transaction) -> int:
-            return await event_rows.delete_events_before(tx, before, TIDY_LIMIT) + (
-                await request_rows.delete_requests_before(tx, now - request_rows.KEYS_KEPT_S, TIDY_LIMIT)
-            )
+            return await request_rows.delete_requests_before(tx, now - request_rows.KEYS_KEPT_S, TIDY_LIMIT)
 
         while await self._house.store.write(work, rowwise=True) >= TIDY_LIMIT:
             pass
+        await self._retention.sweep()
         await tidy_files(self._house)
         await tidy_uploads(self._house)
         await expire_stores(self._house)

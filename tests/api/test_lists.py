@@ -108,6 +108,15 @@ def test_no_list_is_forgotten():
     nouns = [name.removeprefix("list_").removesuffix("s").replace("_", " ") for name in routes]
     others = {"model", "vector store file", "files of batch", "chunk", "citation", "project", "key", "audit log"}
     assert {*nouns} == {*Lists("", "", "").by_noun, *others}
+    assert {*nouns} == {
+        *Lists("", "", "").by_noun,
+        "model",
+        "vector store file",
+        "files of batch",
+        "chunk",
+        "citation",
+        "project run",
+    }
 
 
 async def test_every_list_reads_its_query_alike(wire: Wire, lists: Lists):

@@ -184,7 +184,15 @@ def test_an_operation_is_named_after_its_function_and_says_what_its_docstring_sa
     ("path", "names"),
     [
         ("/v1/assistants", {"limit", "order", "after", "before"}),
-        ("/v1/threads", {"limit", "order", "after", "before", "metadata"}),
+        (
+            "/v1/threads",
+            {"limit", "order", "after", "before", "metadata", "assistant_id", "run_status", "query", "created_at"},
+        ),
+        ("/v1/messages", {"limit", "order", "after", "before", "query", "thread_id", "created_at"}),
+        (
+            "/v1/runs",
+            {"limit", "order", "after", "before", "status", "assistant_id", "thread_id", "model", "created_at"},
+        ),
         ("/v1/threads/{thread_id}/messages", {"limit", "order", "after", "before", "run_id"}),
         ("/v1/threads/{thread_id}/runs/{run_id}/steps", {"limit", "order", "after", "before", "include[]"}),
         ("/v1/threads/{thread_id}/runs/{run_id}/steps/{step_id}", {"include[]"}),

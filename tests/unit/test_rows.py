@@ -269,9 +269,9 @@ async def test_events_of_active_runs_are_kept(rows: Rows):
             await rows(events.insert_segment, P, run.run.id, segment(0, number, number), at)
     over.run.status = "completed"
     await rows(runs.update_run, over)
-    assert await rows(events.delete_events_before, NOW + 50, 1) == 1
-    assert await rows(events.delete_events_before, NOW + 50, 9) == 1
-    assert await rows(events.delete_events_before, NOW + 50, 9) == 0
+    assert await rows(events.delete_events_before, P, NOW + 50, 1) == 1
+    assert await rows(events.delete_events_before, P, NOW + 50, 9) == 1
+    assert await rows(events.delete_events_before, P, NOW + 50, 9) == 0
     assert len(await rows(events.list_segments, P, "active", Position(0, 0))) == 3
     assert len(await rows(events.list_segments, P, "over", Position(0, 0))) == 1
 
@@ -281,7 +281,7 @@ async def test_text_of_a_run_that_is_gone_goes_with_time(rows: Rows):
     await rows.run("run_1")
     await rows(events.insert_segment, P, "run_1", segment(0, 1, 1), NOW)
     await rows.sql("DELETE FROM runs RETURNING id")
-    assert await rows(events.delete_events_before, NOW + 1, 9) == 1
+    assert await rows(events.delete_events_before, P, NOW + 1, 9) == 1
 
 
 async def test_a_segment_is_there_once(rows: Rows):
