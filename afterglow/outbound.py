@@ -18,6 +18,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 
@@ -123,6 +124,7 @@ class GuardedClient:
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
                 follow_redirects=False,
                 trust_env=False,
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # one target's are nobody else's
                 verify=self._certificates or True,
             )
         return self._client
