@@ -12,11 +12,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from afterglow import __version__, settings, telemetry
-from afterglow.contracts import Store
+from afterglow.contracts import Store, Transaction
 from afterglow.errors import AfterglowError
+from afterglow.objects import DeliveryStatus, WebhookDelivery
 from afterglow.settings import Settings
 
 T = TypeVar("T")
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "version", _version, "print the version")
     _keys_commands(commands)
+    _webhooks_commands(commands)
     _sandbox_commands(commands)
 
     importing = _command(commands, "import", _import, "take over assistants, threads and messages from files")
@@ -131,6 +133,21 @@ def _keys_commands(commands: Any) -> None:
     revoke = _command(actions, "revoke", _keys_revoke, "make a key worthless, within a second")
     revoke.add_argument("key_id", metavar="KEY_ID", help="as `keys list` shows it")
     for command in (create, listing, revoke):
+        _data_flags(command)
+
+
+def _webhooks_commands(commands: Any) -> None:
+    webhooks = commands.add_parser("webhooks", help="look after webhooks", allow_abbrev=False)
+    actions = webhooks.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = _command(actions, "list", _webhooks_list, "list the endpoints, without their secrets")
+    log = _command(actions, "deliveries", _webhooks_deliveries, "list the newest deliveries to an endpoint")
+    log.add_argument("endpoint_id", metavar="ENDPOINT_ID", help="as `webhooks list` shows it")
+    log.add_argument("--status", choices=get_args(DeliveryStatus), help="only those of this status")
+    resend = _command(actions, "resend", _webhooks_resend, "have an event sent once more")
+    resend.add_argument("endpoint_id", metavar="ENDPOINT_ID", help="as `webhooks list` shows it")
+    resend.add_argument("delivery_id", metavar="DELIVERY_ID", help="as `webhooks deliveries` shows it")
+    for command in (listing, log, resend):
+        command.add_argument("--project", default="default", help="the project they belong to (default: default)")
         _data_flags(command)
 
 
@@ -229,6 +246,39 @@ def _keys_revoke(options: argparse.Namespace) -> int:
         return 0
     print(f"afterglow: there is no valid key {options.key_id}.", file=sys.stderr)
     return 1
+
+
+def _webhooks_list(options: argparse.Namespace) -> int:
+    from afterglow.rows.webhooks import get_endpoints
+
+    for endpoint in _with_store(options, lambda store: store.read(lambda tx: get_endpoints(tx, options.project))):
+        events = ",".join(endpoint.event_types)
+        print(f"{endpoint.id}  {endpoint.status}  {endpoint.url}  {events}  {endpoint.name}".rstrip())
+    return 0
+
+
+def _webhooks_deliveries(options: argparse.Namespace) -> int:
+    from afterglow.webhooks import list_newest
+
+    async def work(tx: Transaction) -> list[WebhookDelivery]:
+        return await list_newest(tx, options.project, options.endpoint_id, options.status)
+
+    for delivery in _with_store(options, lambda store: store.read(work)):
+        made = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(delivery.created_at))
+        said = (delivery.tries[-1].error or delivery.tries[-1].status_code) if delivery.tries else "not tried yet"
+        print(f"{delivery.id}  {made}  {delivery.status}  {delivery.event_type}  {said}")
+    return 0
+
+
+def _webhooks_resend(options: argparse.Namespace) -> int:
+    from afterglow.webhooks import put_in_line
+
+    async def work(tx: Transaction) -> None:
+        await put_in_line(tx, options.project, options.endpoint_id, options.delivery_id, time.time())
+
+    _with_store(options, lambda store: store.write(work))
+    print(f"{options.delivery_id} is sent by the server: now if it is running, else when it starts.")
+    return 0
 
 
 def _import(options: argparse.Namespace) -> int:
