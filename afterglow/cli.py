@@ -15,6 +15,7 @@ from typing import Any
 
 from afterglow import __version__, telemetry
 from afterglow.cli_access import add_access_commands, named_project
+from afterglow.cli_webhooks import add_webhook_commands
 from afterglow.commands import add_command as _command
 from afterglow.commands import add_data_flags as _data_flags
 from afterglow.commands import load_settings as _load
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "version", _version, "print the version")
     add_access_commands(commands)
+    add_webhook_commands(commands)
     _sandbox_commands(commands)
 
     importing = _command(commands, "import", _import, "take over assistants, threads and messages from files")

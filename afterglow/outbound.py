@@ -18,6 +18,7 @@ import ssl
 import threading
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 
@@ -42,7 +43,7 @@ class GuardedClient:
     def __init__(self, certificates: ssl.SSLContext | None = None) -> None:
         """certificates: whom to trust; None: whom everyone trusts."""
         self._certificates = certificates
-        self._client: httpx2.AsyncClient | None = None
+        self._clients: dict[str, httpx2.AsyncClient] = {}
         self._names = _Names()
 
     async def post(
@@ -100,7 +101,7 @@ class GuardedClient:
         self, method: str, target: Target, addresses: list[str], headers: Mapping[str, str], body: bytes | None
     ) -> httpx2.Response:
         """Ask the first of the addresses that can be connected to."""
-        client = self._open_client()
+        client = await self._client(target.url.scheme)
         for address in addresses:
             request = client.build_request(
                 method,
@@ -116,20 +117,29 @@ class GuardedClient:
                     raise
         raise OSError("its name has no address")
 
-    def _open_client(self) -> httpx2.AsyncClient:
-        if self._client is None:
-            self._client = httpx2.AsyncClient(
+    async def _client(self, scheme: str) -> httpx2.AsyncClient:
+        if scheme not in self._clients:
+            trusted = self._certificates
+            if scheme == "http":
+                trusted = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # nobody
+            elif trusted is None:  # reading whom everyone trusts takes long
+                trusted = await asyncio.to_thread(httpx2.create_ssl_context, trust_env=False)
+            opened = httpx2.AsyncClient(
                 timeout=httpx2.Timeout(TIMEOUT_S, connect=CONNECT_TIMEOUT_S, read=None),
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
                 follow_redirects=False,
                 trust_env=False,
-                verify=self._certificates or True,
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # one target's are nobody else's
+                verify=trusted,
             )
-        return self._client
+            self._clients.setdefault(
+                scheme, opened
+            )  # somebody may have been quicker; one without connections is no loss
+        return self._clients[scheme]
 
     async def close(self) -> None:
-        if self._client is not None:
-            await self._client.aclose()
+        for client in self._clients.values():
+            await client.aclose()
 
 
 class _Names:

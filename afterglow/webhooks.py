@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from afterglow.addresses import NotAllowed, target_of
@@ -263,28 +264,41 @@ async def check_endpoint(tx: Transaction, project: str, endpoint_id: str) -> Non
     await _endpoint(tx, project, endpoint_id)
 
 
-async def resend(house: House, project: str, endpoint_id: str, delivery_id: str) -> WebhookDelivery:
-    """Send an event once more, now, with its own id; should that fail, the waits begin anew.
+async def list_newest(
+    tx: Transaction, project: str, endpoint_id: str, status: str | None, limit: int = 50
+) -> list[WebhookDelivery]:
+    """The log as the command shows it. Raises NotFound."""
+    await check_endpoint(tx, project, endpoint_id)
+    page = await rows.list_deliveries(
+        tx, project, endpoint_id, status, limit=limit, order="desc", after=None, before=None
+    )
+    return [msgspec.json.decode(text, type=WebhookDelivery) for text in page.objects]
 
-    Raises InvalidRequest when the endpoint is disabled, and when what the event told of was deleted.
-    """
-    now = house.clock.now()
+
+async def resend(house: House, project: str, endpoint_id: str, delivery_id: str) -> WebhookDelivery:
+    """Send an event once more, now, with its own id; should that fail, the waits begin anew. As `put_in_line`."""
 
     async def work(tx: Transaction) -> WebhookDelivery:
-        row = await _endpoint(tx, project, endpoint_id)
-        delivery = await rows.get_delivery(tx, project, endpoint_id, delivery_id)
-        if delivery is None:
-            raise no_delivery(delivery_id)
-        if delivery.event is None:
-            raise InvalidRequest("What this event told of was deleted, and the event with it.")
-        if row.endpoint.status == "disabled":
-            raise InvalidRequest(f"The webhook endpoint '{endpoint_id}' is disabled. Enable it first.")
-        delivery.status, delivery.next_try_at = "pending", int(now)
-        await rows.update_delivery(tx, project, delivery, now)
-        return delivery
+        return await put_in_line(tx, project, endpoint_id, delivery_id, house.clock.now())
 
     delivery = await house.store.write(work)
     house.webhook_queue.wake()
+    return delivery
+
+
+async def put_in_line(tx: Transaction, project: str, endpoint_id: str, delivery_id: str, now: float) -> WebhookDelivery:
+    """Make a delivery due. Raises NotFound, and InvalidRequest when the endpoint is disabled or what the event told of
+    was deleted."""
+    row = await _endpoint(tx, project, endpoint_id)
+    delivery = await rows.get_delivery(tx, project, endpoint_id, delivery_id)
+    if delivery is None:
+        raise no_delivery(delivery_id)
+    if delivery.event is None:
+        raise InvalidRequest("What this event told of was deleted, and the event with it.")
+    if row.endpoint.status == "disabled":
+        raise InvalidRequest(f"The webhook endpoint '{endpoint_id}' is disabled. Enable it first.")
+    delivery.status, delivery.next_try_at = "pending", int(now)
+    await rows.update_delivery(tx, project, delivery, now)
     return delivery
 
 

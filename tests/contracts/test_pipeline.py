@@ -242,7 +242,9 @@ async def test_a_late_cancel_strands_no_file(tmp_path: Path):
         file_id, other = await bench.file(), await bench.file(name="b.txt")
         store = await bench.store(file_id, other)
         await until(lambda: len(bench.parser.parsed) == 2)
-        chores = await bench.house.store.write(lambda tx: vector_stores.leave_stores(tx, PROJECT, file_id, 0))
+        chores = await bench.house.store.write(
+            lambda tx: vector_stores.leave_stores(tx, PROJECT, file_id, bench.clock.time)
+        )
         await bench.attach(store, file_id)
         await until(lambda: len(bench.parser.parsed) == 3)
         await vector_stores.follow_up(bench.house, chores)
@@ -496,7 +498,7 @@ async def test_a_damaged_store_keeps_no_other_waiting(bench: Bench, monkeypatch:
 
     async def note(tx: Transaction) -> None:
         await insert_chores(tx, PROJECT, damaged, ["file-gone"] * 2 * AT_ONCE)
-        await vector_stores.leave_stores(tx, PROJECT, file_id, 0)
+        await vector_stores.leave_stores(tx, PROJECT, file_id, bench.clock.time)
 
     monkeypatch.setattr(bench.index, "delete_file", fails, raising=False)
     await bench.house.store.write(note)

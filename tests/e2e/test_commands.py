@@ -14,11 +14,15 @@ from pathlib import Path
 import pytest
 
 from afterglow import __version__, cli, doctor
+from afterglow.app import open_store
 from afterglow.audit import operator
 from afterglow.contracts import EngineStatus
+from afterglow.objects import WebhookEndpoint, WebhookEvent, WebhookTry
+from afterglow.rows.webhooks import EndpointRow, insert_delivery, insert_endpoint
 from afterglow.sandbox import apparmor
-from afterglow.settings import PREFIX
+from afterglow.settings import PREFIX, load
 from afterglow.testing import ScriptedEngine
+from afterglow.webhooks import new_delivery
 
 UNBOUNDED = "the memory of a session is not fully bounded"
 
@@ -181,6 +185,40 @@ def test_export_and_import_are_noted(capsys: pytest.CaptureFixture[str]):
     with closing(sqlite3.connect("afterglow-data/afterglow.db")) as database:
         acts = database.execute("SELECT project_id, type FROM audit_log ORDER BY seq").fetchall()
     assert acts == [("blue", "project.created"), ("blue", "data.imported"), ("blue", "data.exported")]
+
+
+def test_webhooks_are_listed_and_sent_again(capsys: pytest.CaptureFixture[str]):
+    """Endpoints without secrets, deliveries with how they went; a resend makes one pending again."""
+    event = WebhookEvent(id="evt_1", created_at=1, type="thread.run.completed", data={"id": "run_1"})
+    delivery = new_delivery("whe_1", event, 1_700_000_000)
+    delivery.status, delivery.tries = "failed", [WebhookTry(at=1, duration_ms=1, status_code=500, error="It broke.")]
+    endpoint = WebhookEndpoint(
+        id="whe_1",
+        created_at=1,
+        updated_at=1,
+        name="shop",
+        url="https://shop.example/",
+        event_types=["*"],
+        signing_secret_hint="",
+    )
+
+    async def fill() -> None:
+        async with open_store(load(environ={})) as store:
+            await store.write(lambda tx: insert_endpoint(tx, "blue", EndpointRow(endpoint, "whsec_hidden"), 1))
+            await store.write(lambda tx: insert_delivery(tx, "blue", delivery, "thread_1", 1, 1))
+
+    asyncio.run(fill())
+    own = ["--project", "blue"]
+    assert cli.main(["webhooks", "list", *own]) == 0
+    assert capsys.readouterr().out == "whe_1  enabled  https://shop.example/  *  shop\n"
+    assert cli.main(["webhooks", "deliveries", "whe_1", "--status", "failed", *own]) == 0
+    said = f"{delivery.id}  2023-11-14 22:13:20  failed  thread.run.completed  It broke.\n"
+    assert capsys.readouterr().out == said
+    assert cli.main(["webhooks", "resend", "whe_1", delivery.id, *own]) == 0
+    assert cli.main(["webhooks", "deliveries", "whe_1", "--status", "pending", *own]) == 0
+    assert delivery.id in capsys.readouterr().out
+    assert cli.main(["webhooks", "resend", "whe_1", delivery.id]) == 1
+    assert capsys.readouterr().err == "afterglow: No webhook endpoint found with id 'whe_1'.\n"
 
 
 def test_keys_are_stored_hashed(capsys: pytest.CaptureFixture[str]):
