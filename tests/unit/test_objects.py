@@ -494,7 +494,8 @@ COMPARISONS = {objects.Eq, objects.Ne, objects.Gt, objects.Gte, objects.Lt, obje
 COMPOUNDS = {objects.And, objects.Or}
 FILTERS = {*COMPARISONS, *COMPOUNDS, objects.Comparison, objects.Compound}
 # Extensions of ours, which the SDK has no types for.
-EXTENSIONS = {objects.ProjectSettings, objects.Limits, objects.Retention, objects.Budget}
+EXTENSIONS = {objects.ProjectSettings, objects.ModifyProjectSettings, objects.Limits, objects.Retention, objects.Budget}
+EXTENSIONS |= {objects.CreateProject, objects.ModifyProject, objects.CreateApiKey, objects.ModifyApiKey}
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair.ours.__name__}-{pair.theirs.__name__}")
