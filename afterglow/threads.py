@@ -158,7 +158,7 @@ async def start_thread_and_run(
         await check_active_runs(tx, house, project, origin.key_id)
         thread = await insert_thread(tx, house, project, body.thread or CreateThread())
         resources = await checked_resources(tx, house, project, body.tool_resources)
-        happened = await insert_run(tx, house, project, thread.id, body, include, resources, origin.key_id)
+        happened = await insert_run(tx, house, project, thread.id, body, include, resources, key_id=origin.key_id)
         await insert_request(tx, project, origin, happened.run.id, happened.run.created_at)
         return thread, happened
 
