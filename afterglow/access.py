@@ -36,6 +36,7 @@ PORT = re.compile(r":[0-9]*$")
 BELIEVED_S = 1.0
 USE_NOTED_EVERY_S = 60
 CACHED_KEYS = 10_000
+MAX_PROJECT_CHARS = 256  # no project has a longer id; what is looked up is kept for a while
 NO_KEY = (
     "You didn't provide an API key. You need to provide your API key in an Authorization header using Bearer auth "
     "(i.e. Authorization: Bearer YOUR_KEY), or as the password field (with blank username) if you're accessing the "
@@ -140,7 +141,7 @@ class Access:
         if archived:
             raise Unauthorized(ARCHIVED, code="not_authorized_invalid_project")
         asked = headers.get("openai-project")
-        if asked and asked != caller.project and caller is not ANYONE:
+        if asked and asked != caller.project and caller is not ANYONE and len(asked) <= MAX_PROJECT_CHARS:
             return await self._acting(caller, asked)
         return caller
 

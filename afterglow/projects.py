@@ -29,6 +29,7 @@ from afterglow.rows import projects as project_rows
 from afterglow.rows.audit import Actor, insert_act
 from afterglow.rows.keys import KeyRow, in_order
 from afterglow.rows.projects import ProjectRow
+from afterglow.rows.quotas import forget_key
 
 T = TypeVar("T")
 
@@ -169,6 +170,7 @@ async def revoke_key(store: Store, now: float, actor: Actor, project: str, key_i
     async def work(tx: Transaction) -> tuple[None, AuditLog]:
         await existing_key(tx, project, key_id)
         await key_rows.revoke_key(tx, key_id, int(now))
+        await forget_key(tx, key_id)
         return None, await insert_act(tx, now, actor, "api_key.deleted", project, {"id": key_id}, key_id)
 
     await _act(store, actor, work)

@@ -81,5 +81,11 @@ async def add_sandbox_seconds(tx: Transaction, project: str, key_id: str, day: i
     )
 
 
+async def forget_key(tx: Transaction, key_id: str) -> None:
+    """Delete what is kept of a key's use, wherever it was used."""
+    await tx.execute("DELETE FROM rates WHERE key_id = $1", key_id)
+    await tx.execute("DELETE FROM sandbox_use WHERE key_id = $1", key_id)
+
+
 def _whose(project: str, key_id: str) -> tuple[str, tuple[SqlValue, ...]]:
     return ("project_id = $1 AND key_id = $2", (project, key_id)) if key_id else ("project_id = $1", (project,))

@@ -513,7 +513,7 @@ async def test_whoever_stops_listening_has_stopped_the_code(server: Server) -> N
     run = await ask(server)
     server.code.will([Logs("first"), asyncio.Event()])
     await server.house.store.write(lambda tx: tx.execute("UPDATE runs SET holds_thread = 1, worker = 'this test'"))
-    row = SimpleNamespace(project="default", run=run, attempt=1)
+    row = SimpleNamespace(project="default", run=run, attempt=1, key_id="")
     outputs = interpreter.run(row, [], "while True: pass", seen=False)  # type: ignore[arg-type]
     assert await anext(outputs) == "first"
     await outputs.aclose()

@@ -216,8 +216,8 @@ async def test_two_thousand_files(server: Server, wire: Wire, store: str):
         ids = [f"file-{number:024d}" for number in range(2000)]
         for file_id in ids:
             await tx.execute(
-                "INSERT INTO files SELECT project_id, $1, seq, created_at, expires_at, purpose, blob, object"
-                " FROM files WHERE id = $2",
+                "INSERT INTO files SELECT project_id, $1, seq, created_at, expires_at, purpose, blob, object, key_id,"
+                " size_bytes FROM files WHERE id = $2",
                 file_id,
                 first,
             )

@@ -18,6 +18,7 @@ from tests.api.test_keys import ADMIN
 from tests.api.test_projects import PROJECTS
 from tests.api.wire import Answer, Json, Wire, until
 from tests.conftest import GET_WEATHER, Server, ServerFactory
+from tests.postgres import FolderDatabases
 
 KEYS = (ADMIN, "test-key:blue")
 MEGABYTE = b"x" * 1024 * 1024
@@ -220,6 +221,31 @@ async def test_minutes_of_code_are_limited(start_server: ServerFactory, connect:
         assert "42" not in used_up
         clock.time += 24 * 3600
         assert "42" in await told()
+
+
+@pytest.mark.slow
+async def test_servers_on_one_postgres_hold_one_limit(start_server: ServerFactory, connect: Any, tmp_path: Path):
+    """What one of them has let pass is gone at the other as soon as both have told the database."""
+    databases = FolderDatabases()
+    place = {"database_url": await databases.url("limits"), "shared_data": True, "api_keys": KEYS}
+    try:
+        async with start_server(tmp_path, **place) as one, start_server(tmp_path, **place) as two:
+            settings = {"limits": {"requests_per_minute": 30, "concurrent_runs": 3}}
+            await connect(one, "sk-admin").made(f"{PROJECTS}/blue", {"settings": settings})
+            first, second = connect(one, "test-key"), connect(two, "test-key")
+            body = {"assistant_id": (await one.assistant()).id, "tools": [GET_WEATHER]}
+            for server in (one, two):
+                server.model.will(*(calls(("get_weather", {"city": "Oslo"})) for _ in range(6)))
+            answers = await asyncio.gather(*(wire.post("/threads/runs", body) for wire in (first, second) * 5))
+            assert sorted(answer.status for answer in answers) == [200] * 3 + [429] * 7
+            assert [(await first.get("/assistants")).status for _ in range(19)] == [200] * 19
+            for server in (one, two, one):
+                await share_rates(server.house)
+            await second.get("/assistants")
+            await share_rates(two.house)
+            assert int(rates(await second.get("/assistants"))["remaining-requests"]) < 10
+    finally:
+        await databases.drop()
 
 
 async def test_what_code_leaves_is_limited(start_server: ServerFactory, connect: Any, tmp_path: Path):

@@ -105,6 +105,8 @@ async def test_the_project_header_counts_where_it_names_one(start_server: Server
         own = (await blue.made("/assistants", {"model": "m"}))["id"]
         assert await seen(blue, "proj_of_old") == [own]
         assert await seen(blue, "blue") == [own]
+        assert await seen(blue, "p" * 10_000) == [own]
+        assert set(server.application._access._projects._known) == {"proj_of_old"}
         refusal = await blue.get("/assistants", headers={"OpenAI-Project": "red"})
         assert refusal.fault == Fault(401, MISMATCHED, None, "mismatched_project")
         assert await seen(admin, "blue") == [own]

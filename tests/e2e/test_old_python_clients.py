@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from afterglow.objects import Limits
+from tests.api.test_keys import make_key
 from tests.conftest import Server
 from tests.e2e.clients import python_client
 from tests.e2e.processes import Ended, Served, run
@@ -43,3 +45,15 @@ async def test_pings_are_not_seen(version: str, server: Server):
     async with replaying(await record(server)) as (url, counts):
         ended = await python(version, "client_pings.py", url, *counts)
         assert ended.out.count("all the same") == 2 * len(counts)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_refusals_are_the_errors_that_apps_catch(version: str, server: Server):
+    """A scope that is missing, an unknown key, and a limit that is used up, which waiting as told cures."""
+    reader = await make_key(server, "read")
+    limited = await make_key(server, "read", limits=Limits(requests_per_minute=600))
+    await server.client.with_options(api_key=limited).beta.assistants.list()
+    [bucket] = server.house.limits._buckets.values()
+    bucket.level = 5
+    ended = await python(version, "client_limits.py", f"{server.url}/v1", reader, limited)
+    assert ended.out == "as it should be\n"

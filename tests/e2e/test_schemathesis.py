@@ -43,6 +43,20 @@ async def test_against_its_description(tmp_path: Path):
         assert "Traceback" not in served.log
 
 
+async def test_administration_against_its_description(tmp_path: Path):
+    """The same, of the routes for administrators, with a key that may do everything."""
+    schemathesis = python_client("schemathesis", "schemathesis==4.32.5").parent / "schemathesis"
+    keys = f"{KEY}:default:read+write+admin"
+    async with serving(tmp_path, env=environment(AFTERGLOW_API_KEYS=keys)) as served:
+        file = tmp_path / "openapi.json"
+        file.write_text(json.dumps(await description(served)))
+        where = ("--url", served.url.removesuffix("/v1"), "--header", f"Authorization: Bearer {KEY}")
+        only = ("--include-path-regex", "^/v1/organization/")
+        ended = await run(schemathesis, "run", file, *where, *only, *HOW, cwd=tmp_path, within_s=120)
+        assert ended.code == 0, ended.out
+        assert "Traceback" not in served.log
+
+
 async def description(served: Served) -> Any:
     """/openapi.json, without the schema of event streams: schemathesis would hold it against each single event."""
     async with httpx2.AsyncClient(verify=False) as plain:

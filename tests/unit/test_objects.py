@@ -496,7 +496,8 @@ COMPOUNDS = {objects.And, objects.Or}
 FILTERS = {*COMPARISONS, *COMPOUNDS, objects.Comparison, objects.Compound}
 # Extensions of ours, which the SDK has no types for.
 EXTENSIONS = {objects.FunctionCalling, objects.McpTool}
-EXTENSIONS |= {objects.ProjectSettings, objects.Limits, objects.Retention, objects.Budget}
+EXTENSIONS |= {objects.ProjectSettings, objects.ModifyProjectSettings, objects.Limits, objects.Retention}
+EXTENSIONS |= {objects.Budget, objects.CreateProject, objects.ModifyProject, objects.CreateApiKey, objects.ModifyApiKey}
 # The SDK has types for these, of other events; a test has the SDK send them.
 EXTENSIONS |= {objects.CreateWebhookEndpoint, objects.ModifyWebhookEndpoint, objects.RotateWebhookSecret}
 EXTENSIONS |= {objects.SendTestEvent}
