@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "version", _version, "print the version")
     _keys_commands(commands)
+    _tools_commands(commands)
     _sandbox_commands(commands)
 
     importing = _command(commands, "import", _import, "take over assistants, threads and messages from files")
@@ -131,6 +132,18 @@ def _keys_commands(commands: Any) -> None:
     revoke = _command(actions, "revoke", _keys_revoke, "make a key worthless, within a second")
     revoke.add_argument("key_id", metavar="KEY_ID", help="as `keys list` shows it")
     for command in (create, listing, revoke):
+        _data_flags(command)
+
+
+def _tools_commands(commands: Any) -> None:
+    tools = commands.add_parser("tools", help="what calls of tools with a URL are signed with", allow_abbrev=False)
+    actions = tools.add_subparsers(dest="action", required=True, metavar="ACTION")
+    secret = _command(
+        actions, "secret", _tools_secret, "print the secret of a project's calls; the first time, make it"
+    )
+    rotate = _command(actions, "rotate", _tools_rotate, "make a new secret and print it; the old one signs no more")
+    for command in (secret, rotate):
+        command.add_argument("--project", default="default", help="whose calls (default: default)")
         _data_flags(command)
 
 
@@ -229,6 +242,25 @@ def _keys_revoke(options: argparse.Namespace) -> int:
         return 0
     print(f"afterglow: there is no valid key {options.key_id}.", file=sys.stderr)
     return 1
+
+
+def _tools_secret(options: argparse.Namespace) -> int:
+    from afterglow.rows.tool_calls import take_tool_secret
+    from afterglow.signing import new_secret
+
+    new, now = new_secret(), int(time.time())
+    print(_with_store(options, lambda store: store.write(lambda tx: take_tool_secret(tx, options.project, new, now))))
+    return 0
+
+
+def _tools_rotate(options: argparse.Namespace) -> int:
+    from afterglow.rows.tool_calls import replace_tool_secret
+    from afterglow.signing import new_secret
+
+    new, now = new_secret(), int(time.time())
+    _with_store(options, lambda store: store.write(lambda tx: replace_tool_secret(tx, options.project, new, now)))
+    print(new)
+    return 0
 
 
 def _import(options: argparse.Namespace) -> int:
