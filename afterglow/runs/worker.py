@@ -223,7 +223,8 @@ class Worker:
             for run_id in await self._house.store.read(lambda tx: run_rows.list_cancelling(tx, self._id)):
                 self._interrupt(run_id, "cancelled")
         await expire_overdue(self._house, CLAIM_LIMIT, frozenset(self._executions))
-        await time_out_calls(self._house, CLAIM_LIMIT)
+        while await time_out_calls(self._house, CLAIM_LIMIT) >= CLAIM_LIMIT:
+            pass
         await self._interpreter.sweep()
         self._sweeps += 1
         if self._sweeps % TIDY_EVERY_SWEEPS == 0:

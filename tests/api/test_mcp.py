@@ -9,11 +9,13 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from mcp import Client
 
 from afterglow.contracts import McpServer, McpTool
 from afterglow.errors import ConfigError, OutboundFailed
@@ -97,6 +99,7 @@ async def test_only_what_is_allowed_is_offered(server: Server, url: str, let: Ca
     assert offered(server) == ["get_weather", "example__weather"]
 
 
+@pytest.mark.slow
 async def test_calls_of_all_kinds_go_together(server: Server, url: str, let: Callable[..., McpSessions]) -> None:
     """In a turn that calls a tool of the server's and the caller's function, only the caller's is waited for."""
     let(server, example=example(url))
@@ -218,6 +221,7 @@ async def test_projects_share_no_session(url: str, let: Callable[..., McpSession
     assert {project for project, _ in sessions._sessions} == {"a", "b"}
 
 
+@pytest.mark.slow
 async def test_a_server_that_comes_back_is_found(let: Callable[..., McpSessions]) -> None:
     """After a server was restarted, or was not there at first, its tools can be called again."""
     sessions = let(example=example(""))
@@ -231,6 +235,19 @@ async def test_a_server_that_comes_back_is_found(let: Callable[..., McpSessions]
             await sessions.call_tool("a", SERVER, "weather", {"city": "Oslo"}, timeout_s=5)
 
 
+@pytest.mark.slow
+async def test_a_session_that_its_server_has_forgotten_is_opened_anew(
+    let: Callable[..., McpSessions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of the older protocol that was restarted knows no session: the call is made once more, in a new one."""
+    monkeypatch.setattr("afterglow.mcp_servers.Client", partial(Client, mode="legacy"))
+    async with over_http() as url:
+        sessions = let(example=example(url))
+        assert await sessions.call_tool("a", SERVER, "weather", {"city": "Oslo"}, timeout_s=5) == "rain in Oslo"
+    async with over_http(port=int(url.split(":")[2].removesuffix("/mcp"))):
+        assert await sessions.call_tool("a", SERVER, "weather", {"city": "Voss"}, timeout_s=5) == "rain in Voss"
+
+
 async def test_a_callers_url_is_guarded(url: str, let: Callable[..., McpSessions]) -> None:
     """A URL of a caller's must be public and https, unless the operator says otherwise."""
     sessions = let(urls=True, private=False)
@@ -241,6 +258,7 @@ async def test_a_callers_url_is_guarded(url: str, let: Callable[..., McpSessions
     assert await let(urls=True).list_tools("a", McpServer("x", url))
 
 
+@pytest.mark.slow
 async def test_sessions_are_bounded(url: str, let: Callable[..., McpSessions], monkeypatch: pytest.MonkeyPatch) -> None:
     """The session that was used longest ago makes room for a new one."""
     monkeypatch.setattr("afterglow.mcp_servers.MAX_SESSIONS", 2)
