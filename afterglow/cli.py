@@ -15,6 +15,7 @@ from typing import Any
 
 from afterglow import __version__, telemetry
 from afterglow.cli_access import add_access_commands, named_project
+from afterglow.cli_tools import add_tools_commands
 from afterglow.cli_webhooks import add_webhook_commands
 from afterglow.commands import add_command as _command
 from afterglow.commands import add_data_flags as _data_flags
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _command(commands, "version", _version, "print the version")
     add_access_commands(commands)
+    add_tools_commands(commands)
     add_webhook_commands(commands)
     _sandbox_commands(commands)
 

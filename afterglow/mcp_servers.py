@@ -41,7 +41,7 @@ MAX_SCHEMA_BYTES = 32 * 1024
 MAX_DESCRIPTION_CHARS = 4000
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 MAX_OUTPUT_CHARS = 512 * 1024
-TERMINATED = "Session terminated"  # the client's words for a session that its server does not know any more
+SESSION_HEADER = "mcp-session-id"
 
 
 class _Listed(NamedTuple):
@@ -108,7 +108,7 @@ class McpSessions:
             try:
                 async with self._use(project, server, timeout_s) as client:
                     return _output(await client.call_tool(name, arguments))
-            except _Terminated:  # it was restarted, and has done nothing
+            except _Forgotten:  # it was restarted, and has done nothing
                 if again:
                     raise
         raise AssertionError("unreachable")
@@ -128,9 +128,10 @@ class McpSessions:
                 self._drop(session)
             raise OutboundFailed(f"The MCP server {server.label} gave no answer within {timeout_s:g} s.") from None
         except MCPError as error:
-            if error.code == CONNECTION_CLOSED or error.message == TERMINATED:
+            broken = error.code == CONNECTION_CLOSED  # whatever it was asked, it may have done
+            if broken or session.forgotten:
                 self._drop(session)
-            kind = _Terminated if error.message == TERMINATED else OutboundFailed
+            kind = _Forgotten if session.forgotten and not broken else OutboundFailed
             raise kind(f"The MCP server {server.label} answered: {error.message[:1000]}") from None
         except (ValueError, RuntimeError, OSError) as error:  # no MCP; our own end of a broken connection
             self._drop(session)
@@ -151,19 +152,21 @@ class McpSessions:
             if not idle:
                 raise OutboundFailed("Too many MCP servers are being asked just now.")
             self._drop(min(idle, key=lambda session: session.used_at))
-        made = self._sessions[project, server] = _Session(server.label, self._transport(server))
+        made = self._sessions[project, server] = self._opened(server)
         self._open = {session for session in self._open if not session.closed} | {made}
         return made
 
-    def _transport(self, server: McpServer) -> AbstractAsyncContextManager[Any]:
-        if server.url:
-            said = McpSettings(server.label, url=server.url)
-            return _http(said, self._outbound, allow_private=self._settings.private_tools)
-        said = self._settings.mcp[server.label]
+    def _opened(self, server: McpServer) -> _Session:
+        """A new session."""
+        said = McpSettings(server.label, url=server.url) if server.url else self._settings.mcp[server.label]
         if said.url:
-            return _http(said, self._outbound, allow_private=True)
+            allow_private = not server.url or self._settings.private_tools
+            guarded = _GuardedTransport(self._outbound, allow_private=allow_private)
+            return _Session(server.label, _http(said, guarded), guarded)
         program, *arguments = said.command
-        return stdio_client(StdioServerParameters(command=program, args=arguments, env=dict(said.env)))
+        return _Session(
+            server.label, stdio_client(StdioServerParameters(command=program, args=arguments, env=dict(said.env)))
+        )
 
     def _drop(self, session: _Session) -> None:
         """Nobody uses it any more but who has it already."""
@@ -174,7 +177,7 @@ class McpSessions:
         await asyncio.gather(*(session.close() for session in self._open))
 
 
-class _Terminated(OutboundFailed):
+class _Forgotten(OutboundFailed):
     """The server does not know the session any more."""
 
 
@@ -182,13 +185,20 @@ class _Session:
     """One connection, made and closed by a task of its own, as the client demands. used_at: on the monotonic clock.
     in_use: requests under way."""
 
-    def __init__(self, label: str, transport: AbstractAsyncContextManager[Any]) -> None:
+    def __init__(
+        self,
+        label: str,
+        transport: AbstractAsyncContextManager[Any],
+        guarded: _GuardedTransport | None = None,
+    ) -> None:
+        """guarded: what HTTP goes through, if it does."""
         self.stop = asyncio.Event()
         self.calls = asyncio.Semaphore(MAX_CALLS)
         self.used_at = time.monotonic()
         self.in_use = 0
         self._label = label
         self._transport = transport
+        self._guarded = guarded
         self._client: asyncio.Future[Client] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._live())
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # who waits is told
@@ -201,6 +211,11 @@ class _Session:
     def over(self) -> bool:
         """Whether it is of no use any more."""
         return self.closed or self.stop.is_set()
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether the server knows it no more."""
+        return self._guarded is not None and self._guarded.forgotten
 
     @property
     def connected(self) -> bool:
@@ -254,11 +269,11 @@ def _words(error: BaseException | None) -> str:
 
 
 @asynccontextmanager
-async def _http(said: McpSettings, outbound: GuardedClient, *, allow_private: bool) -> AsyncGenerator[Any, None]:
+async def _http(said: McpSettings, guarded: _GuardedTransport) -> AsyncGenerator[Any, None]:
     async with AsyncExitStack() as opened:
         http = await opened.enter_async_context(
             httpx2.AsyncClient(
-                transport=_GuardedTransport(outbound, allow_private),
+                transport=guarded,
                 headers=dict(said.headers),
                 timeout=httpx2.Timeout(CONNECT_S, read=SILENCE_S),
                 follow_redirects=False,
@@ -269,9 +284,13 @@ async def _http(said: McpSettings, outbound: GuardedClient, *, allow_private: bo
 
 
 class _GuardedTransport(httpx2.AsyncBaseTransport):
-    """Connects to the very address that was checked, and takes no more than MAX_ANSWER_BYTES of JSON."""
+    """Connects to the very address that was checked, and takes no more than MAX_ANSWER_BYTES of JSON.
 
-    def __init__(self, outbound: GuardedClient, allow_private: bool) -> None:
+    forgotten: the server has said that it does not know the session.
+    """
+
+    def __init__(self, outbound: GuardedClient, *, allow_private: bool) -> None:
+        self.forgotten = False
         self._outbound = outbound
         self._allow_private = allow_private
         self._inner = httpx2.AsyncHTTPTransport()
@@ -291,6 +310,7 @@ class _GuardedTransport(httpx2.AsyncBaseTransport):
             extensions={**request.extensions, "sni_hostname": target.host},
         )
         response = await self._inner.handle_async_request(sent)
+        self.forgotten = self.forgotten or (response.status_code == 404 and SESSION_HEADER in request.headers)
         if response.headers.get("content-type", "").startswith("application/json"):
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             response.stream = _Bounded(response.stream)

@@ -86,7 +86,7 @@ class Metrics:
         self._tokens = self._counter("model_tokens", "Tokens, `prompt` or `completion`.", "model", "kind")
         self.model_errors = self._counter("model_errors", "Calls of models that failed, by kind of error.", "kind")
         self._tool_call = self._histogram(
-            "tool_call_seconds", "Calls of `code_interpreter` and `file_search`.", LONG_S, "tool", "outcome"
+            "tool_call_seconds", "Calls of tools that the server runs or calls itself.", LONG_S, "tool", "outcome"
         )
         self.code_sessions = self._gauge("code_sessions_open", "Sessions of the code interpreter that are open here.")
 

@@ -60,6 +60,19 @@ What the server does not tell of a model, or tells wrongly, goes into `[models."
 
 How a name finds its server, and what is known of a model, is in [Models](models.md).
 
+## MCP servers
+
+Each is a table; [Tools](tools.md#mcp-servers) says what they are for. The extra `mcp` must be installed.
+
+| Key of `[mcp.NAME]` | Meaning |
+|---|---|
+| `url` | A streamable HTTP endpoint; or |
+| `command` | A list of texts: the program to start and its arguments. It speaks on stdin and stdout. |
+| `key_env` | With `url`: name of the environment variable that holds a bearer token. |
+| `headers_env` | With `url`: a table of header names and the variables that hold their values. |
+| `env` | With `command`: names of variables that the program gets, beside `PATH`, `HOME` and the like. |
+| `allowed_tools` | Names of the tools that may be used. Not given: all. |
+
 ## A whole file
 
 ```toml
@@ -88,6 +101,11 @@ inline_images = false
 
 [upstreams.laptop]
 url = "http://127.0.0.1:11434/v1"
+
+[mcp.tickets]
+command = ["tickets-mcp", "--read-only"]
+env = ["TICKETS_TOKEN"]
+allowed_tools = ["find_ticket"]
 
 [models."qwen3-32b"]
 window_tokens = 32768

@@ -51,9 +51,9 @@ def server() -> Any:
 
 
 @asynccontextmanager
-async def over_http(**options: Any) -> AsyncGenerator[str, None]:
+async def over_http(port: int = 0, **options: Any) -> AsyncGenerator[str, None]:
     """Its URL, while it is there."""
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = socket.create_server(("127.0.0.1", port))
     app = server().streamable_http_app(**options)
     config = uvicorn.Config(app, loop="none", ws="none", lifespan="on", log_config=None, timeout_graceful_shutdown=0)
     running = uvicorn.Server(config)

@@ -96,7 +96,7 @@ def commands(parser: argparse.ArgumentParser, said: str = "afterglow") -> Iterat
 
 def test_every_command_is_documented():
     """deployment.md's table has exactly the commands of the command line."""
-    groups = {"afterglow keys", "afterglow projects", "afterglow sandbox", "afterglow webhooks"}
+    groups = {f"afterglow {name}" for name in ("keys", "projects", "sandbox", "tools", "webhooks")}
     found = set(commands(cli._parser())) - groups
     assert set(re.findall(r"^\| `(afterglow [a-z ]+)` \|", PAGES["docs/deployment.md"], re.MULTILINE)) == found
 
@@ -211,7 +211,8 @@ def test_toml_examples_are_configurations(page: str, text: str, tmp_path: Path):
     """Code blocks marked toml load as configuration files; those that declare assistants are tested elsewhere."""
     file = tmp_path / "afterglow.toml"
     file.write_text(text, "utf-8")
-    named = [table["key_env"] for table in tomllib.loads(text).get("upstreams", {}).values() if "key_env" in table]
+    tables = [table for kind in ("upstreams", "mcp") for table in tomllib.loads(text).get(kind, {}).values()]
+    named = [name for table in tables for name in [*table.get("env", []), table.get("key_env")] if name]
     assert settings.load(environ=dict.fromkeys(named, "a-key"), config=file)
 
 

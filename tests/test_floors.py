@@ -17,7 +17,7 @@ INGEST = {f"ingest.{name}" for name in INGEST}
 
 # From the roof to the ground. A module may import from lower floors, and from its own.
 FLOORS: list[set[str]] = [
-    {"cli", "cli_access", "cli_webhooks", "commands"},
+    {"cli", "cli_access", "cli_tools", "cli_webhooks", "commands"},
     {"serve", "connection", "probes", "demo", "doctor", "backup", "migrate"},
     {"app"},
     {"api", "runs.worker", "declared", "transfer", "saved"},

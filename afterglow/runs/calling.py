@@ -40,9 +40,12 @@ class OutgoingCalls:
         self._turn = turn
         self._offered = offered
         self._free = asyncio.Semaphore(AT_ONCE)
+        self._secret = ""
 
     async def make(self, calls: list[Call], room_tokens: int) -> None:
         """Give each its output. room_tokens: what the window has left for all of them."""
+        if any(call.kind == "endpoint" for call in calls):
+            self._secret = await self._take_secret()
         await asyncio.gather(*map(self._make, calls))
         room = max(int(room_tokens * ASCII_BYTES_PER_TOKEN) // len(calls), LEAST_ROOM_CHARS)
         for call in calls:
@@ -73,13 +76,12 @@ class OutgoingCalls:
         """Try as often as the tool allows. Raises OutboundFailed."""
         calling = self._offered.callings[call.name]
         key, body = self._request(call)
-        secret = await self._secret()
         tries = 1 + (RETRIES if calling.retries is None else calling.retries)
         for number in range(tries):
             if number:
                 await asyncio.sleep(PAUSE_S * 2 ** (number - 1))
             try:
-                return await self._try(calling, key, body, secret)
+                return await self._try(calling, key, body)
             except OutboundFailed as error:
                 if error.forbidden or number + 1 == tries:
                     raise
@@ -92,11 +94,11 @@ class OutgoingCalls:
         called = CalledFor(call.id, run.id, run.thread_id, run.assistant_id, step.id, step.created_at)
         return called.key, request_body(called, call.name, "".join(call.arguments))
 
-    async def _try(self, calling: FunctionCalling, key: str, body: bytes, secret: str) -> str:
+    async def _try(self, calling: FunctionCalling, key: str, body: bytes) -> str:
         """Raises OutboundFailed; it is `forbidden` when trying again does not help."""
         assert calling.url is not None
         settings = self._house.settings
-        signature = signed_headers(secret, key, int(self._house.clock.now()), body)
+        signature = signed_headers(self._secret, key, int(self._house.clock.now()), body)
         reply = await self._house.outbound.post(
             calling.url,
             headers_of(key) | signature,
@@ -112,7 +114,7 @@ class OutgoingCalls:
             forbidden=not tries_again(reply.status),
         )
 
-    async def _secret(self) -> str:
+    async def _take_secret(self) -> str:
         """The project's; made when this is its first call."""
         project, new, now = self._row.project, new_secret(), int(self._house.clock.now())
 

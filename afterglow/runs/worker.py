@@ -236,7 +236,8 @@ class Worker:
             for run_id in await self._house.store.read(lambda tx: run_rows.list_cancelling(tx, self._id)):
                 self._interrupt(run_id, "cancelled")
         await expire_overdue(self._house, CLAIM_LIMIT, frozenset(self._executions))
-        await time_out_calls(self._house, CLAIM_LIMIT)
+        while await time_out_calls(self._house, CLAIM_LIMIT) >= CLAIM_LIMIT:
+            pass
         if stranded := await pass_on_stranded(self._house, CLAIM_LIMIT):
             log.error("%d runs waited for threads that no run held; they have them now.", stranded)
         await self._interpreter.sweep()

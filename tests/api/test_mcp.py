@@ -9,11 +9,13 @@ import signal
 import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from mcp import Client
 
 from afterglow.contracts import McpServer, McpTool
 from afterglow.errors import ConfigError, OutboundFailed
@@ -90,6 +92,7 @@ async def test_a_run_calls_a_tool_of_an_mcp_server(server: Server, url: str, let
     assert "run.requires_action" not in names(read_events(await stored(server, run.id)))
 
 
+@pytest.mark.slow
 async def test_only_what_is_allowed_is_offered(server: Server, url: str, let: Callable[..., McpSessions]) -> None:
     """What both the operator and the tool's own `allowed_tools` name is offered, beside the caller's functions."""
     let(server, example=example(url, allowed_tools=("weather", "fails")))
@@ -100,6 +103,7 @@ async def test_only_what_is_allowed_is_offered(server: Server, url: str, let: Ca
     assert offered(server) == ["get_weather", "example__weather"]
 
 
+@pytest.mark.slow
 async def test_calls_of_all_kinds_go_together(server: Server, url: str, let: Callable[..., McpSessions]) -> None:
     """In a turn that calls a tool of the server's and the caller's function, only the caller's is waited for."""
     let(server, example=example(url))
@@ -128,6 +132,7 @@ async def test_what_a_tool_says_is_the_output(server: Server, url: str, let: Cal
     assert "characters left out]" in long
 
 
+@pytest.mark.slow
 async def test_a_call_has_its_time(server: Server, url: str, let: Callable[..., McpSessions]) -> None:
     """A tool that does not answer in time is an output that says so; the run goes on."""
     let(server, example=example(url))
@@ -176,32 +181,30 @@ async def test_an_assistant_keeps_its_servers_when_the_operator_lets_go(
     assert "No MCP server can be asked here" in sent(server)[0]["content"]
 
 
-@pytest.mark.parametrize(
-    ("tool", "param", "says"),
-    [
-        (EXAMPLE | {"server_label": "other"}, "tools[1].server_label", "no MCP server 'other' here. .* are: example"),
-        (EXAMPLE | {"server_url": "https://a.example/mcp"}, "tools[1].server_url", "mcp_server_urls"),
-        (EXAMPLE | {"server_url": "mailto:a"}, "tools[1].server_url", "Expected a URL"),
-        (EXAMPLE | {"server_label": "two words"}, "tools[1].server_label", "pattern"),
-        (EXAMPLE | {"headers": {"authorization": "secret"}}, "tools[1].headers", "Unknown parameter"),
-        (EXAMPLE | {"require_approval": "always"}, "tools[1].require_approval", "'never'"),
-        ({"type": "mcp"}, "tools[1].server_label", "Missing"),
-    ],
-)
-async def test_what_cannot_be_asked_is_refused(
-    server: Server, let: Callable[..., McpSessions], tool: Any, param: str, says: str
-) -> None:
+REFUSED: list[tuple[Any, str, str]] = [
+    (EXAMPLE | {"server_label": "other"}, "tools[1].server_label", "no MCP server 'other' here. .* are: example"),
+    (EXAMPLE | {"server_url": "https://a.example/mcp"}, "tools[1].server_url", "mcp_server_urls"),
+    (EXAMPLE | {"server_url": "mailto:a"}, "tools[1].server_url", "Expected a URL"),
+    (EXAMPLE | {"server_label": "two words"}, "tools[1].server_label", "pattern"),
+    (EXAMPLE | {"headers": {"authorization": "secret"}}, "tools[1].headers", "Unknown parameter"),
+    (EXAMPLE | {"require_approval": "always"}, "tools[1].require_approval", "'never'"),
+    ({"type": "mcp"}, "tools[1].server_label", "Missing"),
+]
+
+
+async def test_what_cannot_be_asked_is_refused(server: Server, let: Callable[..., McpSessions]) -> None:
     """Servers that are not configured, URLs that are not allowed, and secrets are a 400 that names the path."""
     let(server, example=example("http://127.0.0.1:9/mcp"))
-    tools: Any = [GET_WEATHER, tool]
-    with pytest.raises(openai.BadRequestError, match=says) as refused:
-        await server.client.beta.assistants.create(model="m", tools=tools)
-    assert refused.value.param == param
-    with pytest.raises(openai.BadRequestError, match=says):
-        await start(server, tools=tools)
     assistant = await server.client.beta.assistants.create(model="m")
-    with pytest.raises(openai.BadRequestError, match=says):
-        await server.client.beta.assistants.update(assistant.id, tools=tools)
+    for tool, param, reason in REFUSED:
+        tools: Any = [GET_WEATHER, tool]
+        with pytest.raises(openai.BadRequestError, match=reason) as refused:
+            await server.client.beta.assistants.create(model="m", tools=tools)
+        assert refused.value.param == param
+        with pytest.raises(openai.BadRequestError, match=reason):
+            await start(server, tools=tools)
+        with pytest.raises(openai.BadRequestError, match=reason):
+            await server.client.beta.assistants.update(assistant.id, tools=tools)
 
 
 async def test_without_servers_the_way_is_shown(server: Server) -> None:
@@ -221,6 +224,7 @@ async def test_projects_share_no_session(url: str, let: Callable[..., McpSession
     assert {project for project, _ in sessions._sessions} == {"a", "b"}
 
 
+@pytest.mark.slow
 async def test_a_server_that_comes_back_is_found(let: Callable[..., McpSessions]) -> None:
     """After a server was restarted, or was not there at first, its tools can be called again."""
     sessions = let(example=example(""))
@@ -234,6 +238,19 @@ async def test_a_server_that_comes_back_is_found(let: Callable[..., McpSessions]
             await sessions.call_tool("a", SERVER, "weather", {"city": "Oslo"}, timeout_s=5)
 
 
+@pytest.mark.slow
+async def test_a_session_that_its_server_has_forgotten_is_opened_anew(
+    let: Callable[..., McpSessions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server of the older protocol that was restarted knows no session: the call is made once more, in a new one."""
+    monkeypatch.setattr("afterglow.mcp_servers.Client", partial(Client, mode="legacy"))
+    async with over_http() as url:
+        sessions = let(example=example(url))
+        assert await sessions.call_tool("a", SERVER, "weather", {"city": "Oslo"}, timeout_s=5) == "rain in Oslo"
+    async with over_http(port=int(url.split(":")[2].removesuffix("/mcp"))):
+        assert await sessions.call_tool("a", SERVER, "weather", {"city": "Voss"}, timeout_s=5) == "rain in Voss"
+
+
 async def test_a_callers_url_is_guarded(url: str, let: Callable[..., McpSessions]) -> None:
     """A URL of a caller's must be public and https, unless the operator says otherwise."""
     sessions = let(urls=True, private=False)
@@ -244,6 +261,7 @@ async def test_a_callers_url_is_guarded(url: str, let: Callable[..., McpSessions
     assert await let(urls=True).list_tools("a", McpServer("x", url))
 
 
+@pytest.mark.slow
 async def test_sessions_are_bounded(url: str, let: Callable[..., McpSessions], monkeypatch: pytest.MonkeyPatch) -> None:
     """The session that was used longest ago makes room for a new one."""
     monkeypatch.setattr("afterglow.mcp_servers.MAX_SESSIONS", 2)

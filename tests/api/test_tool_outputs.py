@@ -231,12 +231,12 @@ async def test_a_tool_has_its_own_time(start_server: ServerFactory, tmp_path: Pa
         assert (await polled(server, run)).status == "completed"
 
 
-@pytest.mark.parametrize("value", ["0", "soon", "-1", "1e3", "90000"])
-async def test_a_deadline_is_a_number_of_seconds(server: Server, value: str) -> None:
+async def test_a_deadline_is_a_number_of_seconds(server: Server) -> None:
     """What is no number of seconds in range is refused, with the parameter's name."""
-    with pytest.raises(openai.BadRequestError) as refused:
-        await start(server, extra_query={"tool_timeout_s": value})
-    assert refused.value.param == "tool_timeout_s"
+    for value in ("0", "soon", "-1", "1e3", "90000"):
+        with pytest.raises(openai.BadRequestError) as refused:
+            await start(server, extra_query={"tool_timeout_s": value})
+        assert refused.value.param == "tool_timeout_s"
 
 
 async def test_the_runs_own_deadline_stays(start_server: ServerFactory, tmp_path: Path) -> None:

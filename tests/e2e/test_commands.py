@@ -221,6 +221,22 @@ def test_webhooks_are_listed_and_sent_again(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "afterglow: No webhook endpoint found with id 'whe_1'.\n"
 
 
+def test_the_secret_of_tool_calls_is_shown_and_replaced(capsys: pytest.CaptureFixture[str]):
+    """The secret of a project is made once and shown again; rotating makes another; no two projects share one."""
+
+    def said(*words: str) -> str:
+        assert cli.main(["tools", *words]) == 0
+        return capsys.readouterr().out.strip()
+
+    first = said("secret", "--project", "blue")
+    assert first.startswith("whsec_")
+    assert said("secret", "--project", "blue") == first
+    assert said("secret") != first
+    second = said("rotate", "--project", "blue")
+    assert second != first
+    assert said("secret", "--project", "blue") == second
+
+
 def test_keys_are_stored_hashed(capsys: pytest.CaptureFixture[str]):
     """The secret is in no file of the data folder."""
     cli.main(["keys", "create", "--data", "data"])

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from afterglow.contracts import McpServer, McpTool
+from afterglow.errors import OutboundFailed
 from afterglow.objects import Limits
+from afterglow.testing import calls, says
 from tests.api.test_keys import make_key
-from tests.conftest import Server
+from tests.conftest import Server, ServerFactory
 from tests.e2e.clients import python_client
 from tests.e2e.processes import Ended, Served, run
 from tests.e2e.recordings import record, replaying
+from tests.endpoints import Answer, endpoint
 
 pytestmark = pytest.mark.slow
 
@@ -57,3 +62,34 @@ async def test_refusals_are_the_errors_that_apps_catch(version: str, server: Ser
     bucket.level = 5
     ended = await python(version, "client_limits.py", f"{server.url}/v1", reader, limited)
     assert ended.out == "as it should be\n"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_tools_of_ours_are_read(version: str, tmp_path: Path, start_server: ServerFactory):
+    """Assistants with MCP servers and with tools that have a URL, and the steps in which the server has called them,
+    are read as ever; outputs are given in parts."""
+    async with endpoint() as tool, start_server(tmp_path, private_tools=True) as server:
+        tool.will(Answer(b'{"output": "rain"}'))
+        server.house.mcp = NoMcp()
+        calling = calls(("get_weather", {"city": "Oslo"}), ("book", {}), ("book", {}))
+        server.model.will(*([calling, says("It is rain.")] * 2))
+        ended = await python(version, "client_tools.py", f"{server.url}/v1", tool.url)
+        assert ended.out.count("came to its end") == 2
+
+
+class NoMcp:
+    """MCP servers that have no tools."""
+
+    def why_refused(self, server: McpServer) -> None:
+        """Every one may be asked."""
+
+    async def list_tools(self, project: str, server: McpServer) -> list[McpTool]:
+        return []
+
+    async def call_tool(
+        self, project: str, server: McpServer, name: str, arguments: dict[str, Any], *, timeout_s: float
+    ) -> str:
+        raise OutboundFailed("it has none")
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
