@@ -9,7 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -98,6 +98,10 @@ class Apart:
         self.note = said.note
         self.watch = followed.watch
         self.end_watches = followed.end_watches
+
+    async def connected(self) -> None:
+        for events in self._both:
+            await events._notifier.connected()  # type: ignore[attr-defined]
 
     async def close(self) -> None:
         for events in self._both:
@@ -648,16 +652,18 @@ def state(status: str, sequence: int = 1, stop: Stop = "") -> Segment:
 
 
 @pytest.fixture
-def by_word_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody looks by himself for what is not there."""
+async def by_word_alone(monkeypatch: pytest.MonkeyPatch, events: Any) -> None:
+    """Words come at once, and nobody looks for what is not there."""
     monkeypatch.setattr(postgres, "POLL_S", 60)
+    if isinstance(events, Apart):
+        await events.connected()
 
 
 async def heard(watch: Watch, known: str = "") -> News | None:
     return await watch.next(known, 10)
 
 
-async def test_a_watch_hears_of_another_status(by_word_alone: None, events: Events, kind: str):
+async def test_a_watch_hears_of_another_status(events: Events, by_word_alone: None, kind: str):
     """Whoever watches a run hears what it is now, with its object where it was announced in the same process; not of
     its steps and text, of other runs, or of what is known."""
     run_id = f"run_{next(_numbers)}"
@@ -676,7 +682,7 @@ async def test_a_watch_hears_of_another_status(by_word_alone: None, events: Even
             await other.next("", 0)
 
 
-async def test_files_batches_and_stores(by_word_alone: None, events: Events):
+async def test_files_batches_and_stores(events: Events, by_word_alone: None):
     """Files and batches are told of by name; of a store that is told of, all in it hear, and nobody in another."""
     store = f"vs_{next(_numbers)}"
     with (
@@ -694,7 +700,7 @@ async def test_files_batches_and_stores(by_word_alone: None, events: Events):
             await other.next("in_progress", 0)
 
 
-async def test_nobody_is_to_wait_any_longer(by_word_alone: None, events: Events):
+async def test_nobody_is_to_wait_any_longer(events: Events, by_word_alone: None):
     """Who watches is told to end, and hears nothing else then; who comes later waits, until events are closed."""
     with events.watch("run", PROJECT, "run_w") as watch:
         events.end_watches()
