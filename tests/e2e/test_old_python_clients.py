@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.conftest import Server
 from tests.e2e.clients import python_client
+from tests.e2e.polls import HeldModel
 from tests.e2e.processes import Ended, Served, run
 from tests.e2e.recordings import record, replaying
 
@@ -43,3 +45,14 @@ async def test_pings_are_not_seen(version: str, server: Server):
     async with replaying(await record(server)) as (url, counts):
         ended = await python(version, "client_pings.py", url, *counts)
         assert ended.out.count("all the same") == 2 * len(counts)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_polls_are_held(version: str, server: Server):
+    """A helper asks once for each stop of a run, and a client of little patience gets its answers in time."""
+    model = HeldModel(server)
+    task = asyncio.create_task(
+        python(version, "client_polls.py", f"{server.url}/v1", "sk-polls", await model.assistant())
+    )
+    await model.play(task)
+    await task
