@@ -11,8 +11,8 @@ import msgspec
 import openai
 
 from bench.calls import connect, make, make_assistant, make_thread
-from bench.client import Answer, BenchFailure, Connection, Pace, expect, loop_for
-from bench.processes import Memory, Server, memory_of
+from bench.client import Answer, BenchFailure, Connection, expect, loop_for
+from bench.processes import Memory, Server, cpu_s, memory_of
 
 ENDED = b"event: thread.run.completed"
 CANCELLED = b"event: thread.run.cancelled"
@@ -141,9 +141,16 @@ async def _one_end(maker: Connection, follower: Connection, poller: Connection, 
     return events.marks[0], poll
 
 
-async def by_hand(port: int, clients: int, seconds: float) -> tuple[Pace, Pace]:
+class ByHand(msgspec.Struct):
+    """What polls without a pause did. cpu_ms: of the server, for each poll."""
+
+    per_s: float
+    cpu_ms: float
+
+
+async def by_hand(server: Server, clients: int, seconds: float) -> tuple[ByHand, ByHand]:
     """Loops that GET a run without a pause: of one that goes on, and of one that is over, which is read each time."""
-    askers = connect(port, clients)
+    askers = connect(server.port, clients)
     slow, quick = await make_assistant(askers[0], 600, 0.2), await make_assistant(askers[0], 1)
     paces = []
     for assistant in (slow, quick):
@@ -151,8 +158,14 @@ async def by_hand(port: int, clients: int, seconds: float) -> tuple[Pace, Pace]:
         path = f"{path}/{await make(askers[0], path, {'assistant_id': assistant})}"
         expect(await askers[0].ask("GET", f"{path}?wait=1"))
 
-        async def ask(client: Connection, path: str = path) -> None:
-            expect(await client.ask("GET", path))
+        asked = 0
 
-        paces.append(await loop_for(seconds, askers, ask))
+        async def ask(client: Connection, path: str = path) -> None:
+            nonlocal asked
+            expect(await client.ask("GET", path))
+            asked += 1
+
+        before_s = cpu_s(server.pid)
+        pace = await loop_for(seconds, askers, ask)
+        paces.append(ByHand(pace.per_s, (cpu_s(server.pid) - before_s) * 1000 / asked))
     return paces[0], paces[1]
