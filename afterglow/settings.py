@@ -165,7 +165,7 @@ class Settings:
     )
     poll_hold_max_s: float = setting(120.0, "How long a caller may have a poll held by `wait=SECONDS`.", unit="seconds")
     poll_after_ms: int = setting(
-        250, "Sent as `openai-poll-after-ms`: how long SDK helpers wait between polls.", unit="milliseconds"
+        250, "Sent as `openai-poll-after-ms` with answers that were not held.", unit="milliseconds"
     )
     event_flush_ms: int = setting(500, "How often streamed text is written to the database.", unit="milliseconds")
     event_retention_h: int = setting(24, "How long the events of finished runs are kept.", unit="hours")

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from bench import cluster, sandbox, search
+from bench import cluster, polls, sandbox, search
 from bench.calls import (
     STARTS_PER_S,
     STREAM_RATE,
@@ -48,6 +48,8 @@ OWED: dict[str, tuple[Sign, float]] = {
     "500 streams, first delta, p99": ("≤", 250),
     "1,000 streams, complete": ("≥", 1000),
     "memory per open stream": ("≤", 60),
+    "polled run, requests": ("≤", 2),
+    "polled run, lag after the end, p50": ("≤", 10),
     "read a thread, 1 client, p50": ("≤", 0.5),
     "read a thread, 64 clients": ("≥", 3000),
     "thread of 10,000: list 20": ("≤", 1.2),
@@ -286,6 +288,33 @@ async def _while_running(runs: Iterable[asyncio.Task[Answer]], seconds: float) -
 def _need_proc() -> None:
     if not has_proc():
         raise BenchFailure("memory is read from /proc, which is Linux")
+
+
+# --- waiting ---------------------------------------------------------------------------------------------------
+
+
+async def waiting(setup: Setup) -> Findings:
+    """A run polled by the official client's own helper; 10,000 held polls; and loops by hand."""
+    _need_proc()
+    count = setup.pick(10_000, 1_000)
+    async with setup.server("waiting") as server:
+        helped = await polls.helped(server.port, setup.pick(10, 3), tokens=30, rate=20)
+        memory, from_rows = await polls.by_hand(server, 32, setup.pick(3, 1))
+    async with setup.server("held") as server:
+        held = await polls.held(server, count, setup.pick(50, 10))
+    lag, wake, all_at_once = (percentiles(took) for took in (helped.lag_ms, held.wake_ms, held.all_ms))
+    each_kb = (held.held.server_kb - held.before.server_kb) / count
+    rows = [
+        row("polled run, requests", max(helped.requests), "GETs", "runs of 1.5 s"),
+        row("polled run, lag after the end, p50", lag["p50"], "ms", f"most {max(helped.lag_ms):.1f} ms"),
+        row(f"{count:,} held polls, memory each", each_kb, "KB"),
+        row(f"{count:,} held polls, wake-up of one, p50", wake["p50"], "ms", f"p99 {wake['p99']:.1f} ms"),
+        row(f"{count:,} held polls, all answered, p99", all_at_once["p99"], "ms"),
+        row("polls by hand, 32 clients", memory.per_s, "per s", f"read each time {from_rows.per_s:,.0f} per s"),
+        row("polls by hand, server CPU", memory.cpu_ms, "ms", f"read each time {from_rows.cpu_ms:.2f} ms"),
+    ]
+    raw = {"helped": helped, "wake_ms": wake, "all_ms": all_at_once, "before": held.before, "held": held.held}
+    return Findings(rows, msgspec.to_builtins(raw | {"from_memory": memory, "read": from_rows}))
 
 
 # --- plain requests --------------------------------------------------------------------------------------------
@@ -677,6 +706,7 @@ SCENARIOS: dict[str, Callable[[Setup], Awaitable[Findings]]] = {
     "crud": crud,
     "streams": streams,
     "memory": memory,
+    "waiting": waiting,
     "long_threads": long_threads,
     "code_interpreter": code_interpreter,
     "file_search": file_search,

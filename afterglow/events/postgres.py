@@ -193,6 +193,7 @@ class PostgresEvents:
         self._keep_alive_s = keep_alive_s
         self._feeds: dict[str, _Feed] = {}
         self._watches = Watches()
+        self._unsure = asyncio.Event()  # whether all that is watched has been heard of
         self._due: set[str] = set()
         self._any_due = asyncio.Event()
         self._unwritten = Unwritten(self._write, flush_ms / 1000, on_flush)
@@ -201,6 +202,7 @@ class PostgresEvents:
         notifier.listen(CHANNEL, self._look_at)
         notifier.listen(STATUS_CHANNEL, self._hear_statuses)
         notifier.on_return(self._look_at_all)
+        notifier.on_return(self._unsure.set)
 
     def start(self) -> None:
         """Begin to write, to read, and to send keep-alives."""
@@ -406,7 +408,10 @@ class PostgresEvents:
     async def _check_forever(self) -> None:
         """Tell what is watched its status now and then, for word of it may have been lost."""
         while True:
-            await asyncio.sleep(POLL_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await self._unsure.wait()
+            self._unsure.clear()
             for kind in STATUSES:
                 watches = [watch for watch in self._watches.all() if watch.kind == kind]
                 try:

@@ -9,14 +9,15 @@ from contextlib import aclosing, asynccontextmanager
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afterglow.contracts import START, Events, Position, Segment, Stop, Store, Transaction
+from afterglow.contracts import DELETED, START, Events, News, Position, Segment, Stop, Store, Transaction, Watch
 from afterglow.errors import StoreFull
+from afterglow.events import postgres
 from afterglow.events.local import LocalEvents
 from afterglow.events.postgres import PostgresEvents
 from afterglow.objects import Run, Usage
@@ -94,6 +95,13 @@ class Apart:
         self.take_unwritten = said.take_unwritten
         self.forget = said.forget
         self.follow = followed.follow
+        self.note = said.note
+        self.watch = followed.watch
+        self.end_watches = followed.end_watches
+
+    async def connected(self) -> None:
+        for events in self._both:
+            await events._notifier.connected()  # type: ignore[attr-defined]
 
     async def close(self) -> None:
         for events in self._both:
@@ -631,3 +639,78 @@ def test_everyone_gets_the_same_bytes_once_and_in_order(stage: Stage, acts: list
 def test_so_it_is_with_postgres(stage: Stage, acts: list[object]):
     """The same, with every statement on its way through a socket."""
     stage.play(acts)
+
+
+# --- watching --------------------------------------------------------------------------------------------------
+
+
+def state(status: str, sequence: int = 1, stop: Stop = "") -> Segment:
+    """A segment that ends with the run in this status, after the end of a step whose text looks like an event."""
+    step = b'event: thread.run.step.completed\ndata: "event: thread.run.failed"\nid: 1.%d\n\n' % sequence
+    run = b'event: thread.run.%b\ndata: {"n": %d}\nid: 1.%d\n\n' % (status.encode(), sequence + 1, sequence + 1)
+    return Segment(1, sequence, sequence + 1, step + run, stop)
+
+
+@pytest.fixture
+async def by_word_alone(monkeypatch: pytest.MonkeyPatch, events: Any) -> None:
+    """Words come at once, and nobody looks for what is not there."""
+    monkeypatch.setattr(postgres, "POLL_S", 60)
+    if isinstance(events, Apart):
+        await events.connected()
+
+
+async def heard(watch: Watch, known: str = "") -> News | None:
+    return await watch.next(known, 10)
+
+
+async def test_a_watch_hears_of_another_status(events: Events, by_word_alone: None, kind: str):
+    """Whoever watches a run hears what it is now, with its object where it was announced in the same process; not of
+    its steps and text, of other runs, or of what is known."""
+    run_id = f"run_{next(_numbers)}"
+    with events.watch("run", PROJECT, run_id) as watch, events.watch("run", "other", run_id) as other:
+        events.announce(PROJECT, run_id, state("in_progress"))
+        assert (await heard(watch)) == News("in_progress", None if kind == "apart" else b'{"n": 2}')
+        events.announce(PROJECT, run_id, state("in_progress", 3))
+        events.announce(PROJECT, run_id, Segment(1, 5, 5, b"event: thread.run.step.completed\ndata: 1\nid: 1.5\n\n"))
+        events.announce(PROJECT, run_id, state("requires_action", 6, "action"))
+        assert (await heard(watch, "in_progress") or News()).status == "requires_action"
+        events.note(PROJECT, run_id, "cancelling")
+        assert await heard(watch, "requires_action") == News("cancelling")
+        events.announce(PROJECT, run_id, Segment(2**31, 1, 1, b"event: error\ndata: {}\n\n", "end"))
+        assert (await heard(watch) or News()).status == DELETED
+        with pytest.raises(TimeoutError):
+            await other.next("", 0)
+
+
+async def test_files_batches_and_stores(events: Events, by_word_alone: None):
+    """Files and batches are told of by name; of a store that is told of, all in it hear, and nobody in another."""
+    store = f"vs_{next(_numbers)}"
+    with (
+        events.watch("file", PROJECT, "file-1", store) as file,
+        events.watch("batch", PROJECT, f"vsfb_{store}", store) as batch,
+        events.watch("file", PROJECT, "file-1", "vs_other") as other,
+    ):
+        events.note(PROJECT, f"{store}/file-1", "completed")
+        assert await heard(file, "in_progress") == News("completed")
+        events.note(PROJECT, f"vsfb_{store}")
+        assert await heard(batch, "in_progress") == News()
+        events.note(PROJECT, store)
+        assert [await heard(file, "completed"), await heard(batch)] == [News(), News()]
+        with pytest.raises(TimeoutError):
+            await other.next("in_progress", 0)
+
+
+async def test_nobody_is_to_wait_any_longer(events: Events, by_word_alone: None):
+    """Who watches is told to end, and hears nothing else then; who comes later waits, until events are closed."""
+    with events.watch("run", PROJECT, "run_w") as watch:
+        events.end_watches()
+        events.announce(PROJECT, "run_w", state("in_progress"))
+        assert await heard(watch) is None
+        assert await heard(watch) is None
+        with events.watch("run", PROJECT, "run_w") as later:
+            waiting = asyncio.create_task(heard(later))
+            await asyncio.sleep(0)
+            await events.close()
+            assert await waiting is None
+            with events.watch("run", PROJECT, "run_w") as last:
+                assert await heard(last) is None

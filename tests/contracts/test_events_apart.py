@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager
 
 import pytest
 
-from afterglow.contracts import START, Position, Segment, Transaction
+from afterglow.contracts import DELETED, START, News, Position, Segment, Transaction
 from afterglow.events import postgres
 from afterglow.events.postgres import GONE_ATTEMPT, PostgresEvents
 from afterglow.rows.runs import list_abandoned
@@ -173,6 +173,31 @@ async def test_lost_words_are_made_up_for(database_url: str, monkeypatch: pytest
         writer.streams(3)
         await writer.commits(2, "end")
         assert await live == writer.bytes_after(START)
+
+
+async def test_lost_words_of_what_is_watched_are_made_up_for(database_url: str, monkeypatch: pytest.MonkeyPatch):
+    """A process that hears nothing learns of the statuses of runs, files and batches all the same, and of what is
+    gone; all that is watched is read together."""
+    monkeypatch.setattr(postgres, "POLL_S", 0.05)
+    async with process(database_url, deaf=True) as there:
+        writers = [await there.writer() for _ in range(20)]
+        work = "UPDATE runs SET status = 'completed' WHERE id = $1"
+        batch = "INSERT INTO file_batches (project_id, id, store_id, created_at) VALUES ($1, 'vsfb_over', 'vs_1', 0)"
+        await there.store.write(lambda tx: tx.execute(batch, PROJECT))
+        with ExitStack() as opened:
+            watches = [opened.enter_context(there.events.watch("run", PROJECT, one.run_id)) for one in writers]
+            gone = opened.enter_context(there.events.watch("run", PROJECT, "run_gone"))
+            file = opened.enter_context(there.events.watch("file", PROJECT, "file-gone", "vs_1"))
+            over = opened.enter_context(there.events.watch("batch", PROJECT, "vsfb_over", "vs_1"))
+            tasks = [asyncio.create_task(watch.next("queued", 10)) for watch in watches]
+            assert await gone.next("queued", 10) == await file.next("in_progress", 10) == News(DELETED)
+            assert await over.next("in_progress", 10) == News()
+            assert not any(task.done() for task in tasks)
+            reads = there.store.reads
+            for writer in writers:
+                await there.store.write(lambda tx, run_id=writer.run_id: tx.execute(work, run_id))
+            assert set(await asyncio.gather(*tasks)) == {News("completed")}
+            assert there.store.reads - reads < len(writers)
 
 
 async def test_one_read_serves_all_runs(database_url: str):

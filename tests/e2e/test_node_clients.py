@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from tests.conftest import Server
 from tests.e2e.clients import node_client
+from tests.e2e.polls import HeldModel
 from tests.e2e.processes import Ended, Served, run
 from tests.e2e.recordings import record, replaying
 
@@ -46,3 +48,14 @@ async def test_pings_are_not_seen(version: str, server: Server):
     async with replaying(await record(server)) as (url, counts):
         ended = await node(version, "client_pings.mjs", url, *counts)
         assert ended.out.count("all the same") == len(counts)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_polls_are_held(version: str, server: Server):
+    """A helper asks once for each stop of a run, and a client of little patience gets its answers in time."""
+    model = HeldModel(server)
+    task = asyncio.create_task(
+        node(version, "client_polls.mjs", f"{server.url}/v1", "sk-polls", await model.assistant())
+    )
+    await model.play(task)
+    await task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from afterglow.testing import calls, says
 from tests.api.test_keys import make_key
 from tests.conftest import Server, ServerFactory
 from tests.e2e.clients import python_client
+from tests.e2e.polls import HeldModel
 from tests.e2e.processes import Ended, Served, run
 from tests.e2e.recordings import record, replaying
 from tests.endpoints import Answer, endpoint
@@ -93,3 +95,14 @@ class NoMcp:
 
     async def close(self) -> None:
         """Nothing to let go of."""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_polls_are_held(version: str, server: Server):
+    """A helper asks once for each stop of a run, and a client of little patience gets its answers in time."""
+    model = HeldModel(server)
+    task = asyncio.create_task(
+        python(version, "client_polls.py", f"{server.url}/v1", "sk-polls", await model.assistant())
+    )
+    await model.play(task)
+    await task
