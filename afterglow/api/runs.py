@@ -48,7 +48,7 @@ async def create_run(request: Request) -> Response:
 
 
 async def create_thread_and_run(request: Request) -> Response:
-    """POST /threads/runs. A stream begins with the thread. `dry_run` as for a run."""
+    """POST /threads/runs. A stream begins with the thread."""
     body = await parse(request, CreateThreadAndRun)
     include = read_include(request)
     limits = read_limits(request)
