@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from msgspec import Struct
 
 from afterglow.contracts import House, ModelInfo, Transaction
-from afterglow.objects import CreateRun, CreateThreadAndRun, Json, Usage
+from afterglow.objects import CreateRun, CreateThread, CreateThreadAndRun, Json, Usage
 from afterglow.prices import Price, cost_of, price_of
 from afterglow.rows import runs as run_rows
 from afterglow.rows.assistants import get_assistant
@@ -21,10 +21,10 @@ from afterglow.rows.runs import RunRow
 from afterglow.runs.budgets import NextCall, read_limits, refusal
 from afterglow.runs.context import completion_reserve
 from afterglow.runs.ledger import Amount, PromptParts, amount
-from afterglow.runs.lifecycle import Happened, RunLimits
+from afterglow.runs.lifecycle import Happened, RunLimits, free_thread, insert_run
 from afterglow.runs.past_prompt import Dropped, dropped_messages, estimated_parts, shown_request
 from afterglow.runs.prompt import Prompt, PromptRules, chat_request, chat_response_format, read_prompt, request_hash
-from afterglow.threads import insert_run_on_thread, insert_thread_and_run
+from afterglow.threads import checked_resources, insert_messages, insert_thread
 from afterglow.tools.code_interpreter import list_files_of
 from afterglow.tools.function import offer
 
@@ -75,8 +75,10 @@ async def dry_run(
     """Raises what creating the run would raise."""
 
     async def insert(tx: Transaction) -> Happened:
-        _, happened = await insert_run_on_thread(tx, house, project, thread_id, body, include, limits)
-        return happened
+        await free_thread(tx, house, project, thread_id)
+        now = int(house.clock.now())
+        await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
+        return await insert_run(tx, house, project, thread_id, body, include, limits=limits)
 
     return await _try(house, project, body, insert)
 
@@ -87,8 +89,9 @@ async def dry_thread_and_run(
     """As `dry_run`, of a thread that would be made with it."""
 
     async def insert(tx: Transaction) -> Happened:
-        _, happened = await insert_thread_and_run(tx, house, project, body, include, limits)
-        return happened
+        thread = await insert_thread(tx, house, project, body.thread or CreateThread())
+        resources = await checked_resources(tx, house, project, body.tool_resources)
+        return await insert_run(tx, house, project, thread.id, body, include, resources, limits)
 
     return await _try(house, project, body, insert)
 

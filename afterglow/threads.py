@@ -140,7 +140,9 @@ async def start_run(
     now = int(house.clock.now())
 
     async def work(tx: Transaction) -> tuple[Happened | None, Happened]:
-        expired, happened = await insert_run_on_thread(tx, house, project, thread_id, body, include, limits)
+        expired = await free_thread(tx, house, project, thread_id)
+        await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
+        happened = await insert_run(tx, house, project, thread_id, body, include, limits=limits)
         await insert_request(tx, project, origin, happened.run.id, now)
         return expired, happened
 
@@ -149,35 +151,6 @@ async def start_run(
     tell(house, expired)
     tell(house, happened)
     return happened
-
-
-async def insert_run_on_thread(
-    tx: Transaction,
-    house: House,
-    project: str,
-    thread_id: str,
-    body: CreateRun,
-    include: list[str],
-    limits: RunLimits = NO_LIMITS,
-) -> tuple[Happened | None, Happened]:
-    """What is written of a new run: an overdue one that it replaces is expired. Raises NotFound or ThreadBusy."""
-    expired = await free_thread(tx, house, project, thread_id)
-    now = int(house.clock.now())
-    await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
-    return expired, await insert_run(tx, house, project, thread_id, body, include, limits=limits)
-
-
-async def insert_thread_and_run(
-    tx: Transaction,
-    house: House,
-    project: str,
-    body: CreateThreadAndRun,
-    include: list[str],
-    limits: RunLimits = NO_LIMITS,
-) -> tuple[Thread, Happened]:
-    thread = await insert_thread(tx, house, project, body.thread or CreateThread())
-    resources = await checked_resources(tx, house, project, body.tool_resources)
-    return thread, await insert_run(tx, house, project, thread.id, body, include, resources, limits)
 
 
 async def start_thread_and_run(
@@ -191,7 +164,9 @@ async def start_thread_and_run(
     """Make a thread and put a run on it, in one transaction."""
 
     async def work(tx: Transaction) -> tuple[Thread, Happened]:
-        thread, happened = await insert_thread_and_run(tx, house, project, body, include, limits)
+        thread = await insert_thread(tx, house, project, body.thread or CreateThread())
+        resources = await checked_resources(tx, house, project, body.tool_resources)
+        happened = await insert_run(tx, house, project, thread.id, body, include, resources, limits)
         await insert_request(tx, project, origin, happened.run.id, happened.run.created_at)
         return thread, happened
 

@@ -42,7 +42,7 @@ async def create_run(request: Request) -> Response:
         body,
         include,
         await origin_of(request),
-        limits,
+        limits=limits,
     )
     return EventStream(house_of(request), happened) if body.stream else reply(happened.run)
 
@@ -55,7 +55,7 @@ async def create_thread_and_run(request: Request) -> Response:
     if is_dry_run(request):
         return reply(await dry_thread_and_run(house_of(request), project_of(request), body, include, limits))
     thread, happened = await start_thread_and_run(
-        house_of(request), project_of(request), body, include, await origin_of(request), limits
+        house_of(request), project_of(request), body, include, await origin_of(request), limits=limits
     )
     if not body.stream:
         return reply(happened.run)
