@@ -127,3 +127,20 @@ async def test_projects_have_budgets_of_their_own(start_server: ServerFactory, t
     async with start_server(tmp_path) as server:
         await set_budget(server, project="other", total_tokens=0)
         assert (await server.run("Hello")).status == "completed"
+
+
+async def test_what_other_processes_spend_is_seen(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """Spending is read anew from time to time; until then, what this process has spent since counts already."""
+    budgets = server.application.worker.budgets
+    monkeypatch.setattr("afterglow.runs.budgets.REREAD_AFTER", 10**6)  # never
+    await set_budget(server, total_tokens=100, day_tokens=100)
+    assert (await server.run("One")).status == "completed"
+    assert budgets._known["default"].now.today.tokens == 15
+    assert budgets._known["default"].spent.today.tokens == 0
+    another = "INSERT INTO spend VALUES ('default', $1, 'run_x', 'm', 'USD', 't', 'a', 1, 80, 0, 0, 0, 0, 0)"
+    today = int(server.house.clock.now()) // 86_400
+    await server.house.store.write(lambda tx: tx.execute(another, today))
+    assert (await server.run("Two")).status == "completed"
+    monkeypatch.setattr("afterglow.runs.budgets.REREAD_AFTER", 0)
+    assert "110 tokens are spent" in refused(await server.run("Three"))
+    assert budgets._known["default"].held == {}
