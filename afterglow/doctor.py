@@ -23,7 +23,7 @@ from afterglow.settings import Settings
 FREE_BYTES_WANTED = 1024**3
 FILES_WANTED = 4096
 ENGINE_SETTLES_S = 60.0
-COUNTED = ("assistants", "threads", "messages", "runs", "events", "model_calls", "api_keys")
+COUNTED = ("assistants", "threads", "messages", "runs", "events", "model_calls", "spend", "api_keys")
 
 
 class Finding(NamedTuple):

@@ -18,7 +18,7 @@ from afterglow.rows.messages import list_messages_between
 from afterglow.rows.model_calls import MILLION
 from afterglow.rows.projects import get_project_settings
 from afterglow.rows.runs import RunRow
-from afterglow.runs.budgets import NextCall, limits_of, refusal
+from afterglow.runs.budgets import NextCall, read_limits, refusal
 from afterglow.runs.context import completion_reserve
 from afterglow.runs.ledger import Amount, PromptParts, amount
 from afterglow.runs.lifecycle import Happened, RunQuery, make_room
@@ -162,7 +162,7 @@ async def _outcome(tx: Transaction, house: House, row: RunRow, prompt: Prompt, p
     if run.max_prompt_tokens is not None and prompt.needed_tokens > run.max_prompt_tokens:
         least = f"The prompt takes about {prompt.needed_tokens} tokens at least, more than max_prompt_tokens."
         return "incomplete: max_prompt_tokens", least
-    limits = await limits_of(tx, house, row, (await get_project_settings(tx, row.project)).budget)
+    limits = await read_limits(tx, house, row, (await get_project_settings(tx, row.project)).budget)
     why = refusal(limits, NextCall(prompt.needed_tokens, price), run.model, house.settings.currency)
     return ("failed: budget", why) if why else ("run", None)
 

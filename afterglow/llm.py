@@ -230,7 +230,8 @@ class Models:
         if self._alone:
             return [model, OFFLINE]
         server, own = self._choose(model)
-        return list(dict.fromkeys([model, self._target(model), f"{server.upstream.name}/{own}", own]))
+        prefix = f"{server.upstream.name}/" if server.upstream.name else ""
+        return list(dict.fromkeys([model, self._target(model), prefix + own, own]))
 
     def learn_window(self, model: str, window_tokens: int) -> None:
         if not self._alone:

@@ -156,6 +156,8 @@ def _default(row: dataclasses.Field[Any]) -> str:
 
 
 def _kind(annotation: str) -> str:
+    if annotation.startswith("float"):
+        return "money per million tokens, in `currency`"
     return "`true` or `false`" if annotation.startswith("bool") else "tokens, a whole number"
 
 

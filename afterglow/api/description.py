@@ -33,6 +33,7 @@ from afterglow.api import (
 from afterglow.api.edge import OPEN_PATHS
 from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
 from afterglow.bills import CostsPage
+from afterglow.dry_run import DryRun
 from afterglow.inspection import Citation, SearchExplanation, VectorStoreChunk
 from afterglow.objects import (
     INCLUDE_FILE_SEARCH_CONTENT,
@@ -114,7 +115,8 @@ class Shape(NamedTuple):
     body: what callers send; with empty_ok they may send nothing. form: schema of the multipart form that they send.
     query: names in QUERY.
     What comes with 200: answer (`dict`: any object; `bytes`: no JSON), or list_of, or a Deleted whose `object` is
-    deleted, or events. With none of the four, no call of the route ends well.
+    deleted, or events. With none of the four, no call of the route ends well. tried: what comes instead when `dry_run`
+    asks for it. csv: `format` may ask for CSV.
     """
 
     body: type[Body] | None = None
@@ -125,6 +127,8 @@ class Shape(NamedTuple):
     deleted: str = ""
     events: bool = False
     empty_ok: bool = False
+    tried: type[msgspec.Struct] | None = None
+    csv: bool = False
 
 
 SECONDS: Json = {"type": "integer", "minimum": 0, "maximum": bills.LATEST}
@@ -177,8 +181,8 @@ SHAPES: dict[Endpoint, Shape] = {
     threads.retrieve_message: Shape(answer=Message),
     threads.modify_message: Shape(ModifyMessage, Message),
     threads.delete_message: Shape(deleted="thread.message.deleted"),
-    runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, (*INCLUDE, "tool_timeout_s", *LIMITS)),
-    runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "if_busy", "tool_timeout_s", *LIMITS)),
+    runs.create_thread_and_run: Shape(CreateThreadAndRun, Run, (*INCLUDE, "tool_timeout_s", *LIMITS), tried=DryRun),
+    runs.create_run: Shape(CreateRun, Run, (*INCLUDE, "if_busy", "tool_timeout_s", *LIMITS), tried=DryRun),
     runs.list_runs: Shape(query=CURSOR, list_of=Run),
     runs.retrieve_run: Shape(answer=Run, query=("wait", "status of runs")),
     runs.follow_run_events: Shape(events=True, query=("after event", "until")),
@@ -190,8 +194,8 @@ SHAPES: dict[Endpoint, Shape] = {
     bills.retrieve_run_ledger: Shape(answer=Ledger),
     bills.retrieve_run_step_ledger: Shape(answer=Ledger),
     bills.retrieve_run_step_prompt: Shape(answer=StepPrompt, query=("limit", "after")),
-    bills.list_costs: Shape(answer=CostsPage, query=COSTS),
-    bills.list_organization_costs: Shape(answer=CostsPage, query=COSTS),
+    bills.list_costs: Shape(answer=CostsPage, query=COSTS, csv=True),
+    bills.list_organization_costs: Shape(answer=CostsPage, query=COSTS, csv=True),
     files.create_file: Shape(form=UPLOAD, answer=File),
     files.list_files: Shape(query=("purpose", "limit of files", "order", "after"), list_of=File),
     files.retrieve_file: Shape(answer=File),
@@ -435,9 +439,12 @@ def _answers(shape: Shape) -> Json:
         return {}
     if shape.answer is bytes:
         return {"200": {"description": "OK", "content": {"application/octet-stream": {"schema": {}}}}}
-    answer = _json_answer(_schema_of(shape.answer))
+    schema = _schema_of(shape.answer)
+    answer = _json_answer({"anyOf": [schema, _schema_of(shape.tried)]} if shape.tried else schema)
     if shape.body is not None and "stream" in shape.body.__struct_fields__:
         answer["content"]["text/event-stream"] = {"schema": {}}
+    if shape.csv:
+        answer["content"]["text/csv"] = {"schema": TEXT}
     return {"200": answer}
 
 
@@ -469,7 +476,7 @@ def _schemas() -> dict[str, Json]:
     """The structs that routes name, and those inside them, by name."""
     kinds: set[Any] = {_Echoed, Deleted}
     for shape in SHAPES.values():
-        kinds |= {shape.body, shape.answer, shape.list_of} - {None, dict, bytes}
+        kinds |= {shape.body, shape.answer, shape.list_of, shape.tried} - {None, dict, bytes}
     _, schemas = msgspec.json.schema_components(sorted(kinds, key=lambda kind: kind.__name__), ref_template=REF)
     echoed = schemas.pop(_Echoed.__name__)["properties"]
     for schema in schemas.values():

@@ -56,7 +56,7 @@ async def create_run(request: Request) -> Response:
 
 
 async def create_thread_and_run(request: Request) -> Response:
-    """POST /threads/runs. A stream begins with the thread. `dry_run` as for a run."""
+    """POST /threads/runs. A stream begins with the thread."""
     body = await parse(request, CreateThreadAndRun)
     query = _read_query(request)
     if is_dry_run(request):

@@ -112,7 +112,9 @@ class Rebuilt(NamedTuple):
 async def rebuild(tx: Transaction, row: RunRow, call: ModelCall, now: float) -> Rebuilt:
     """The request of a call of `row`'s."""
     run, made = row.run, call.made
-    offered = offer(run.tools) if made.tools is None else Offer(made.tools, {}, made.names, {}, {})
+    offered = offer(run.tools)
+    if made.tools is not None:
+        offered = offered._replace(tools=made.tools, names=made.names)
     gone: dict[str, Gone] = {}
     read = await _read_turns(tx, row, call, offered, gone)
     read.sort(key=lambda turn: turn.place)

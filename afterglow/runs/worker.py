@@ -69,7 +69,7 @@ class Worker:
     def __init__(self, house: House) -> None:
         self._house = house
         self._id = new_id("worker")
-        self._budgets = Budgets(house)
+        self.budgets = Budgets(house)
         self._interpreter = CodeInterpreter(house, self._id)
         self._retention = Retention(house)
         self._executions: dict[str, Execution] = {}
@@ -150,7 +150,7 @@ class Worker:
                 claim.started,
                 task,
                 self._interpreter,
-                self._budgets,
+                self.budgets,
             )
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)

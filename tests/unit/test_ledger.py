@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afterglow.objects import CompletionTokensDetails, PromptTokenDetails, Usage
@@ -61,7 +61,8 @@ def adds_up(line: LedgerLine) -> None:
     assert line.cached_tokens == line.usage.prompt_token_details.cached_tokens
 
 
-@given(st.lists(CALLS, max_size=5), st.none() | USAGES)
+@settings(max_examples=60)
+@given(st.lists(CALLS, max_size=3), st.none() | USAGES)
 def test_every_ledger_adds_up(calls: list[ModelCall], spent: Usage | None):
     """Of each call and of all, the parts and their remainder are what was counted; the run's line is the run's usage,
     and what no call accounts for is stated."""

@@ -1048,6 +1048,24 @@ async def test_aliases(make: MakeAsker, upstream: ScriptedServer) -> None:
         assert gpu.chats[0].json["model"] == gpu.chats[1].json["model"] == "org/llama"
 
 
+async def test_names_of_what_answers(make: MakeAsker, upstream: ScriptedServer) -> None:
+    """The operator may speak of a model by the name asked for, the alias's target, its upstream and its own name."""
+    async with ScriptedServer() as gpu:
+        aliases = {"gpt-4o": "qwen3:32b", "fast": "gpu/org/llama", "tuned-too": "tuned"}
+        upstreams = {"gpu": named(gpu, "gpu", models=("tuned",))}
+        models = make(upstream, aliases=aliases, upstreams=upstreams).models
+        assert models.names("gpt-4o") == ["gpt-4o", "qwen3:32b"]
+        assert models.names("fast") == ["fast", "gpu/org/llama", "org/llama"]
+        assert models.names("tuned-too") == ["tuned-too", "tuned", "gpu/tuned"]
+        assert models.names("other") == ["other"]
+        upstream.on("GET /v1/models", reply({"data": [{"id": "qwen3:32b"}]}))
+        gpu.on("GET /v1/models", reply({"data": []}))
+        mapping = make(upstream, default_model="gpu/tuned", upstreams=upstreams).models
+        await mapping.info("unknown")
+        assert mapping.names("unknown") == ["unknown", "gpu/tuned", "tuned"]
+    assert make(offline=OfflineStub()).models.names("anything") == ["anything", "offline"]
+
+
 async def test_configured_and_listed_models_choose_their_upstream(make: MakeAsker, upstream: ScriptedServer) -> None:
     """A model goes to the upstream that is configured for it, or that lists it; any other to the default one."""
     async with ScriptedServer() as gpu:
