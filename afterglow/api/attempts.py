@@ -56,7 +56,7 @@ class Attempt:
     def end(self, gone: bool) -> None:
         """Everything was sent, or nothing more will be. A stream that its caller left was not answered after all."""
         if self.outcome == "answered" and gone:
-            self._book.mark(self.project, self.origin.id, answered=False)
+            self._book.mark(self, answered=False)
         self._decide("failed")
         self._book.close(self)
 
@@ -65,7 +65,7 @@ class Attempt:
             return
         self.outcome = outcome
         if outcome == "answered":
-            self._book.mark(self.project, self.origin.id, answered=True)
+            self._book.mark(self, answered=True)
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
@@ -82,7 +82,7 @@ class Attempts:
     """All attempts of this process."""
 
     def __init__(self) -> None:
-        self._open: dict[Fingerprint, list[Attempt]] = {}
+        self._open: dict[Fingerprint, set[Attempt]] = {}
         self._open_ids: set[tuple[str, str]] = set()
         # (project, request id) of what was answered, or not after all; not in the database yet.
         self._marks: dict[tuple[str, str], bool] = {}
@@ -90,7 +90,7 @@ class Attempts:
 
     def open(self, project: str, origin: Origin) -> Attempt:
         attempt = Attempt(self, project, origin)
-        self._open.setdefault(_fingerprint(project, origin), []).append(attempt)
+        self._open.setdefault(_fingerprint(project, origin), set()).add(attempt)
         self._open_ids.add((project, origin.id))
         return attempt
 
@@ -105,13 +105,14 @@ class Attempts:
     def close(self, attempt: Attempt) -> None:
         fingerprint = _fingerprint(attempt.project, attempt.origin)
         same = self._open[fingerprint]
-        same.remove(attempt)
+        same.discard(attempt)
         if not same:
             del self._open[fingerprint]
         self._open_ids.discard((attempt.project, attempt.origin.id))
 
-    def mark(self, project: str, request_id: str, *, answered: bool) -> None:
-        self._marks[project, request_id] = answered
+    def mark(self, attempt: Attempt, *, answered: bool) -> None:
+        if attempt.origin.key is None:  # what has a key needs no matching
+            self._marks[attempt.project, attempt.origin.id] = answered
 
     async def flush(self, house: House) -> None:
         """Write the marks. What cannot be written is kept for the next time."""
@@ -136,7 +137,7 @@ class Attempts:
     async def _match(self, house: House, project: str, origin: Origin) -> None:
         """Raises Repeated when an earlier request's result is this retry's."""
         before = origin._replace(retry_count=origin.retry_count - 1)
-        for attempt in list(self._open.get(_fingerprint(project, before), [])):
+        for attempt in list(self._open.get(_fingerprint(project, before), ())):
             await attempt.decided()  # it is still being carried out: the client was impatient
         now = int(house.clock.now())
         for result in await self._unanswered(house, project, origin, now):
@@ -159,7 +160,7 @@ class Attempts:
             await asyncio.sleep(MARKS_LAG_S)
             found = await house.store.read(work)
         before = origin._replace(retry_count=origin.retry_count - 1)
-        undecided = {one.origin.id for one in self._open.get(_fingerprint(project, before), []) if one.outcome is None}
+        undecided = {one.origin.id for one in self._open.get(_fingerprint(project, before), ()) if one.outcome is None}
         return [one for one in found if one.request_id not in undecided and not self._marked(project, one.request_id)]
 
     def _marked(self, project: str, request_id: str) -> bool:
