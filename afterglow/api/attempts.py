@@ -172,31 +172,28 @@ class Attempts:
     async def _claim(self, house: House, project: str, origin: Origin) -> None:
         """Take the key. Raises Repeated, KeyReused, or Conflict."""
         now = int(house.clock.now())
+        claim = await house.store.write(lambda tx: rows.claim_key(tx, project, origin, now))
+        if claim is not None and self._is_dead(house, project, origin, claim, now):
+            dead_id = claim.result.request_id
 
-        async def work(tx: Transaction) -> Claim | None:
-            claim = await rows.claim_key(tx, project, origin, now)
-            if claim is None or not _is_dead(claim, origin, now - (CLAIM_LIFE_S if in_cluster else 0)):
-                return claim
-            if (project, claim.result.request_id) in open_ids:
-                return claim
-            await rows.release_key(tx, project, claim.result.request_id)
-            return await rows.claim_key(tx, project, origin, now)
+            async def take_over(tx: Transaction) -> Claim | None:
+                await rows.release_key(tx, project, dead_id)
+                return await rows.claim_key(tx, project, origin, now)
 
-        in_cluster = bool(house.settings.database_url)
-        open_ids = frozenset(self._open_ids)
-        claim = await house.store.write(work)
+            claim = await house.store.write(take_over)
         if claim is not None:
             raise _taken(claim, origin)
 
-
-def _is_dead(claim: Claim, origin: Origin, claimed_before: int) -> bool:
-    """Whether a server stopped while it had this request in hand, and nothing came of it."""
-    return (
-        claim.answer is None
-        and not claim.result.object_id
-        and claim.result.created_at <= claimed_before
-        and claim[:2] == (origin.route, origin.body_hash)
-    )
+    def _is_dead(self, house: House, project: str, origin: Origin, claim: Claim, now: int) -> bool:
+        """Whether a server stopped while it had this request in hand, and nothing came of it."""
+        lives_until = claim.result.created_at + (CLAIM_LIFE_S if house.settings.database_url else 0)
+        return (
+            claim.answer is None
+            and not claim.result.object_id
+            and now >= lives_until
+            and (project, claim.result.request_id) not in self._open_ids
+            and (claim.route, claim.body_hash) == (origin.route, origin.body_hash)
+        )
 
 
 def _taken(claim: Claim, origin: Origin) -> Exception:
