@@ -22,7 +22,7 @@ MARKS_LAG_S = 2  # by when other processes have written which requests were answ
 CLAIM_LIFE_S = 60  # how long another process may be at work for a key, if nothing is heard of it
 
 Outcome = Literal["answered", "lost", "failed"]
-Fingerprint = tuple[str, Origin]
+Fingerprint = tuple[str, str, str, str, int]
 
 
 class Repeated(Exception):
@@ -40,12 +40,13 @@ class Repeated(Exception):
 class Attempt:
     """One POST on its way. `outcome` is None until its answer begins: `lost` when nobody was there to hear it."""
 
-    __slots__ = ("_book", "_waiting", "origin", "outcome", "project")
+    __slots__ = ("_book", "_waiting", "fingerprint", "origin", "outcome", "project")
 
     def __init__(self, book: Attempts, project: str, origin: Origin) -> None:
         self._book = book
         self.project = project
         self.origin = origin
+        self.fingerprint = _fingerprint(project, origin)
         self.outcome: Outcome | None = None
         self._waiting: list[asyncio.Future[None]] = []
 
@@ -90,7 +91,7 @@ class Attempts:
 
     def open(self, project: str, origin: Origin) -> Attempt:
         attempt = Attempt(self, project, origin)
-        self._open.setdefault(_fingerprint(project, origin), set()).add(attempt)
+        self._open.setdefault(attempt.fingerprint, set()).add(attempt)
         self._open_ids.add((project, origin.id))
         return attempt
 
@@ -103,11 +104,10 @@ class Attempts:
             await self._match(house, attempt.project, attempt.origin)
 
     def close(self, attempt: Attempt) -> None:
-        fingerprint = _fingerprint(attempt.project, attempt.origin)
-        same = self._open[fingerprint]
+        same = self._open[attempt.fingerprint]
         same.discard(attempt)
         if not same:
-            del self._open[fingerprint]
+            del self._open[attempt.fingerprint]
         self._open_ids.discard((attempt.project, attempt.origin.id))
 
     def mark(self, attempt: Attempt, *, answered: bool) -> None:
@@ -205,4 +205,4 @@ def _taken(claim: Claim, origin: Origin) -> Exception:
 
 
 def _fingerprint(project: str, origin: Origin) -> Fingerprint:
-    return project, origin._replace(id="")
+    return project, origin.key_id, origin.route, origin.body_hash, origin.retry_count
