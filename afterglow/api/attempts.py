@@ -22,7 +22,7 @@ MARKS_LAG_S = 2  # by when other processes have written which requests were answ
 CLAIM_LIFE_S = 60  # how long another process may be at work for a key, if nothing is heard of it
 
 Outcome = Literal["answered", "lost", "failed"]
-Fingerprint = tuple[str, Origin]
+Fingerprint = tuple[str, str, str, str, int]
 
 
 class Repeated(Exception):
@@ -40,12 +40,13 @@ class Repeated(Exception):
 class Attempt:
     """One POST on its way. `outcome` is None until its answer begins: `lost` when nobody was there to hear it."""
 
-    __slots__ = ("_book", "_waiting", "origin", "outcome", "project")
+    __slots__ = ("_book", "_waiting", "fingerprint", "origin", "outcome", "project")
 
     def __init__(self, book: Attempts, project: str, origin: Origin) -> None:
         self._book = book
         self.project = project
         self.origin = origin
+        self.fingerprint = _fingerprint(project, origin)
         self.outcome: Outcome | None = None
         self._waiting: list[asyncio.Future[None]] = []
 
@@ -56,7 +57,7 @@ class Attempt:
     def end(self, gone: bool) -> None:
         """Everything was sent, or nothing more will be. A stream that its caller left was not answered after all."""
         if self.outcome == "answered" and gone:
-            self._book.mark(self.project, self.origin.id, answered=False)
+            self._book.mark(self, answered=False)
         self._decide("failed")
         self._book.close(self)
 
@@ -65,7 +66,7 @@ class Attempt:
             return
         self.outcome = outcome
         if outcome == "answered":
-            self._book.mark(self.project, self.origin.id, answered=True)
+            self._book.mark(self, answered=True)
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
@@ -82,7 +83,7 @@ class Attempts:
     """All attempts of this process."""
 
     def __init__(self) -> None:
-        self._open: dict[Fingerprint, list[Attempt]] = {}
+        self._open: dict[Fingerprint, set[Attempt]] = {}
         self._open_ids: set[tuple[str, str]] = set()
         # (project, request id) of what was answered, or not after all; not in the database yet.
         self._marks: dict[tuple[str, str], bool] = {}
@@ -90,7 +91,7 @@ class Attempts:
 
     def open(self, project: str, origin: Origin) -> Attempt:
         attempt = Attempt(self, project, origin)
-        self._open.setdefault(_fingerprint(project, origin), []).append(attempt)
+        self._open.setdefault(attempt.fingerprint, set()).add(attempt)
         self._open_ids.add((project, origin.id))
         return attempt
 
@@ -103,15 +104,15 @@ class Attempts:
             await self._match(house, attempt.project, attempt.origin)
 
     def close(self, attempt: Attempt) -> None:
-        fingerprint = _fingerprint(attempt.project, attempt.origin)
-        same = self._open[fingerprint]
-        same.remove(attempt)
+        same = self._open[attempt.fingerprint]
+        same.discard(attempt)
         if not same:
-            del self._open[fingerprint]
+            del self._open[attempt.fingerprint]
         self._open_ids.discard((attempt.project, attempt.origin.id))
 
-    def mark(self, project: str, request_id: str, *, answered: bool) -> None:
-        self._marks[project, request_id] = answered
+    def mark(self, attempt: Attempt, *, answered: bool) -> None:
+        if attempt.origin.key is None:  # what has a key needs no matching
+            self._marks[attempt.project, attempt.origin.id] = answered
 
     async def flush(self, house: House) -> None:
         """Write the marks. What cannot be written is kept for the next time."""
@@ -136,7 +137,7 @@ class Attempts:
     async def _match(self, house: House, project: str, origin: Origin) -> None:
         """Raises Repeated when an earlier request's result is this retry's."""
         before = origin._replace(retry_count=origin.retry_count - 1)
-        for attempt in list(self._open.get(_fingerprint(project, before), [])):
+        for attempt in list(self._open.get(_fingerprint(project, before), ())):
             await attempt.decided()  # it is still being carried out: the client was impatient
         now = int(house.clock.now())
         for result in await self._unanswered(house, project, origin, now):
@@ -159,7 +160,7 @@ class Attempts:
             await asyncio.sleep(MARKS_LAG_S)
             found = await house.store.read(work)
         before = origin._replace(retry_count=origin.retry_count - 1)
-        undecided = {one.origin.id for one in self._open.get(_fingerprint(project, before), []) if one.outcome is None}
+        undecided = {one.origin.id for one in self._open.get(_fingerprint(project, before), ()) if one.outcome is None}
         return [one for one in found if one.request_id not in undecided and not self._marked(project, one.request_id)]
 
     def _marked(self, project: str, request_id: str) -> bool:
@@ -171,31 +172,28 @@ class Attempts:
     async def _claim(self, house: House, project: str, origin: Origin) -> None:
         """Take the key. Raises Repeated, KeyReused, or Conflict."""
         now = int(house.clock.now())
+        claim = await house.store.write(lambda tx: rows.claim_key(tx, project, origin, now))
+        if claim is not None and self._is_dead(house, project, origin, claim, now):
+            dead_id = claim.result.request_id
 
-        async def work(tx: Transaction) -> Claim | None:
-            claim = await rows.claim_key(tx, project, origin, now)
-            if claim is None or not _is_dead(claim, origin, now - (CLAIM_LIFE_S if in_cluster else 0)):
-                return claim
-            if (project, claim.result.request_id) in open_ids:
-                return claim
-            await rows.release_key(tx, project, claim.result.request_id)
-            return await rows.claim_key(tx, project, origin, now)
+            async def take_over(tx: Transaction) -> Claim | None:
+                await rows.release_key(tx, project, dead_id)
+                return await rows.claim_key(tx, project, origin, now)
 
-        in_cluster = bool(house.settings.database_url)
-        open_ids = frozenset(self._open_ids)
-        claim = await house.store.write(work)
+            claim = await house.store.write(take_over)
         if claim is not None:
             raise _taken(claim, origin)
 
-
-def _is_dead(claim: Claim, origin: Origin, claimed_before: int) -> bool:
-    """Whether a server stopped while it had this request in hand, and nothing came of it."""
-    return (
-        claim.answer is None
-        and not claim.result.object_id
-        and claim.result.created_at <= claimed_before
-        and claim[:2] == (origin.route, origin.body_hash)
-    )
+    def _is_dead(self, house: House, project: str, origin: Origin, claim: Claim, now: int) -> bool:
+        """Whether a server stopped while it had this request in hand, and nothing came of it."""
+        lives_until = claim.result.created_at + (CLAIM_LIFE_S if house.settings.database_url else 0)
+        return (
+            claim.answer is None
+            and not claim.result.object_id
+            and now >= lives_until
+            and (project, claim.result.request_id) not in self._open_ids
+            and (claim.route, claim.body_hash) == (origin.route, origin.body_hash)
+        )
 
 
 def _taken(claim: Claim, origin: Origin) -> Exception:
@@ -207,4 +205,4 @@ def _taken(claim: Claim, origin: Origin) -> Exception:
 
 
 def _fingerprint(project: str, origin: Origin) -> Fingerprint:
-    return project, origin._replace(id="")
+    return project, origin.key_id, origin.route, origin.body_hash, origin.retry_count

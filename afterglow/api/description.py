@@ -372,12 +372,22 @@ class _Echoed(msgspec.Struct):
     attachments: list[Attachment]
 
 
+IDEMPOTENCY_KEY: Json = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "With the same one, the same request is carried out once within 24 hours.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+
+
 def describe(routes: Iterable[tuple[str, str, Endpoint]]) -> bytes:
     """The OpenAPI 3.1 document as JSON. routes: (method, whole path, what answers it); each has its row in SHAPES."""
     paths: dict[str, Json] = {}
     for method, path, act in routes:
         plain_path = re.sub(r":\w+}", "}", path)
-        paths.setdefault(plain_path, {})[method.lower()] = _operation(plain_path, act)
+        operation = paths.setdefault(plain_path, {})[method.lower()] = _operation(plain_path, act)
+        if method == "POST":
+            operation["parameters"].append(IDEMPOTENCY_KEY)
     return msgspec.json.encode(
         {
             "openapi": "3.1.0",

@@ -47,6 +47,7 @@ KEYLESS = "afterglow.keyless"  # in the scope of a request to the port of `metri
 UPLOAD_PATHS = ("/v1/files", "/openai/v1/files", "/openai/files")
 PART_PATH = re.compile(r"/(v1|openai/v1|openai)/uploads/[^/]+/parts")
 MAX_PART_MB = 64
+PIECE_BYTES = 128 * 1024  # of an answer that are given to the connection together
 FORM_BYTES = 64 * 1024  # of an upload, besides the file
 SORRY = "The server had an error while processing your request. Sorry about that!"
 BETA_V1 = (
@@ -201,6 +202,11 @@ class _Exchange:
             self._metrics.request_answered(self._scope["method"], route, self.status, took_s)
             if attempt := self._scope.get("state", {}).get("attempt"):
                 attempt.begin_answer(self.status, _gone(self._scope))
+        elif len(body := message.get("body", b"")) > PIECE_BYTES:  # or a connection would hold all of it at once
+            last = (len(body) - 1) // PIECE_BYTES * PIECE_BYTES
+            for start in range(0, last, PIECE_BYTES):
+                await self._send({**message, "body": body[start : start + PIECE_BYTES], "more_body": True})
+            message["body"] = body[last:]
         await self._send(message)
 
 

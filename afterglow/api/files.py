@@ -170,5 +170,6 @@ def _wanted_range(request: Request, file: File) -> tuple[int, int] | None:
 async def _with_first(first: bytes, others: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     async with aclosing(others):
         yield first
+        del first  # a slow reader would hold it to the end
         async for chunk in others:
             yield chunk

@@ -72,7 +72,9 @@ class LocalBlobs:
             with _translated(key):
                 piece = await obstore.get_range_async(self._store, key, start=start, end=min(start + PIECE_BYTES, end))
             start += len(piece)
-            yield piece.to_bytes()
+            data = piece.to_bytes()
+            del piece  # a slow reader holds one of them, not both
+            yield data
 
     async def delete(self, keys: list[str]) -> None:
         for key in keys:

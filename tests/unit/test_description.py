@@ -45,7 +45,7 @@ OPERATIONS = {
 CONTENT = {"type": "object", "minProperties": 1, "additionalProperties": {"required": ["schema"]}}
 PARAMETER = {
     "required": ["name", "in", "schema"],
-    "properties": {"in": {"enum": ["path", "query"]}, "style": {"const": "deepObject"}},
+    "properties": {"in": {"enum": ["path", "query", "header"]}, "style": {"const": "deepObject"}},
     "if": {"properties": {"in": {"const": "path"}}},
     "then": {"required": ["required"], "properties": {"required": {"const": True}}},
 }
