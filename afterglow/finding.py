@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
-from afterglow.contracts import House, Transaction, Work
+from afterglow.contracts import House, Transaction
 from afterglow.rows import message_words as word_rows
+from afterglow.rows.message_words import Cleaning
 
-BATCH = 128  # messages in one transaction
+BATCH = 64  # messages in one transaction
 LOCK = "the words of messages"
 
 
@@ -26,10 +28,15 @@ async def index_messages(house: House) -> int:
         return 0
     done = 0
     async with house.locks.hold(LOCK):
-        for step in (_index_some, word_rows.clean_block):
-            while count := await _timed(house, step):
-                done += count
+        while count := await _index_batch(house):
+            done += count
+        while cleaning := await house.store.read(word_rows.read_cleaning):
+            await house.store.write(partial(_clean, cleaning))
     return done
+
+
+async def _clean(cleaning: Cleaning, tx: Transaction) -> None:
+    await word_rows.clean(tx, cleaning)
 
 
 async def _is_work(tx: Transaction) -> bool:
@@ -39,10 +46,10 @@ async def _is_work(tx: Transaction) -> bool:
     return bool(rows)
 
 
-async def _timed(house: House, step: Work[int]) -> int:
-    """One step; then others have the database for as long as it took."""
+async def _index_batch(house: House) -> int:
+    """Some messages; then others have the database for as long as it took."""
     began = time.monotonic()
-    count = await house.store.write(step)
+    count = await house.store.write(_index_some)
     if count == BATCH:
         await asyncio.sleep(time.monotonic() - began)
     return count

@@ -232,37 +232,50 @@ async def forget_message(tx: Transaction, project: str, message_id: str) -> None
     await tx.execute("DELETE FROM indexed_messages WHERE project_id = $1 AND message_id = $2", project, message_id)
 
 
-async def clean_block(tx: Transaction) -> int:
-    """Take the places of deleted messages out of one block; return how many there were."""
+class Cleaning(NamedTuple):
+    """Places of deleted messages in one block. numbers: of the messages. words: what is left of the places of each word
+    that any of them had."""
+
+    project: str
+    block: int
+    numbers: list[int]
+    words: list[tuple[str, bytes]]
+
+
+async def read_cleaning(tx: Transaction) -> Cleaning | None:
+    """What is to be taken out of one block next. All its words are read, hence not in the transaction that writes."""
     rows = await tx.fetch("SELECT project_id, number FROM removed_messages ORDER BY project_id, number LIMIT 1")
     if not rows:
-        return 0
-    project, number = rows[0]
-    block = number // BLOCK
-    end = (block + 1) * BLOCK
+        return None
+    project, first = rows[0]
+    block = first // BLOCK
     found = await tx.fetch(
         "SELECT number FROM removed_messages WHERE project_id = $1 AND number >= $2 AND number < $3",
         project,
-        number,
-        end,
+        first,
+        (block + 1) * BLOCK,
     )
-    gone = {one - block * BLOCK for (one,) in found}
+    numbers = [number for (number,) in found]
+    gone = {number - block * BLOCK for number in numbers}
     rows = await tx.fetch("SELECT term, places FROM message_terms WHERE project_id = $1 AND block = $2", project, block)
-    changed = []
+    words = []
     for term, packed in rows:
         places = array("H", bytes(packed))
         if not gone.isdisjoint(places):
-            changed.append((term, array("H", [place for place in places if place not in gone]).tobytes()))
-    await _write_words(tx, project, block, [(term, left) for term, left in changed if left])
-    for term, left in changed:
-        if not left:
+            words.append((term, array("H", [place for place in places if place not in gone]).tobytes()))
+    return Cleaning(project, block, numbers, words)
+
+
+async def clean(tx: Transaction, cleaning: Cleaning) -> None:
+    project, block, numbers, words = cleaning
+    await _write_words(tx, project, block, [(term, places) for term, places in words if places])
+    for term, places in words:
+        if not places:
             await tx.execute(
                 "DELETE FROM message_terms WHERE project_id = $1 AND block = $2 AND term = $3", project, block, term
             )
-    await tx.execute(
-        "DELETE FROM removed_messages WHERE project_id = $1 AND number >= $2 AND number < $3", project, number, end
-    )
-    return len(gone)
+    for number in numbers:
+        await tx.execute("DELETE FROM removed_messages WHERE project_id = $1 AND number = $2", project, number)
 
 
 # --- finding ---------------------------------------------------------------------------------------------------

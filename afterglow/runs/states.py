@@ -1,6 +1,7 @@
 """Which status may follow which, for runs, run steps and messages; and what else changes along with it.
 
-A run is *active* while it holds its thread: queued, in_progress, requires_action, cancelling. It is *stopped* for
+A run is *active* while it holds its thread: queued, in_progress, requires_action, cancelling. One that is queued may
+also wait for its thread, behind the run that holds it; which of the two is no status. It is *stopped* for
 those who wait when it needs the caller (requires_action) or is terminal. Nothing leaves a terminal status. Cancel is
 an attempt: work that ends first wins, so `cancelling` may still become `completed`. A claim of a run that is already
 in progress is a take-over after a crash.

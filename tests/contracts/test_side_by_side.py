@@ -16,8 +16,11 @@ from afterglow import assistants, files, threads, vector_stores
 from afterglow.app import open_application
 from afterglow.contracts import House, Segment, Transaction
 from afterglow.errors import InvalidRequest, LostLease, NotFound, ThreadBusy
+from afterglow.finding import index_messages
 from afterglow.ids import new_id
 from afterglow.objects import (
+    AttachedCodeInterpreter,
+    Attachment,
     CreateAssistant,
     CreateFileBatch,
     CreateMessage,
@@ -38,6 +41,7 @@ from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import search_results as result_rows
 from afterglow.rows import steps as step_rows
+from afterglow.rows.message_words import Wanted, find_threads
 from afterglow.rows.requests import Origin
 from afterglow.rows.runs import RunRow
 from afterglow.runs import lifecycle
@@ -280,6 +284,88 @@ async def test_two_runs_are_not_put_on_a_thread_at_once(house: House, side_by_si
     both = [threads.start_run(house, P, thread_id, body, RunQuery([]), origin()) for _ in range(2)]
     _, second = await side_by_side(*both)
     assert isinstance(second, ThreadBusy)
+
+
+async def test_a_run_that_waits_is_not_missed_by_the_end_of_the_one_before(house: House, side_by_side: SideBySide):
+    """Whichever is second sees the first: after a run is queued behind another that ends, it has the thread."""
+    assistant = await assistants.create_assistant(house, P, CreateAssistant(model="m"), origin())
+    body = CreateRun(assistant_id=assistant.id)
+    for queued_first in (True, False):
+        for if_busy in ("queue", "interrupt"):
+            thread_id = await new_thread(house)
+            active = await threads.start_run(house, P, thread_id, body, [], origin())
+            queueing = threads.start_run(house, P, thread_id, body, [], origin(), if_busy)
+            ending = lifecycle.cancel_run(house, P, thread_id, active.run.id)
+            await (side_by_side(queueing, ending) if queued_first else side_by_side(ending, queueing))
+            found = await rows(
+                house, "SELECT status, holds_thread FROM runs WHERE thread_id = $1 ORDER BY seq", thread_id
+            )
+            assert found == [("cancelled", 0), ("queued", 1)]
+
+
+async def test_a_thread_is_not_passed_to_a_run_that_is_just_cancelled(house: House, side_by_side: SideBySide):
+    """The one behind it has the thread, whoever is first: the cancel, or the end of the run before."""
+    assistant = await assistants.create_assistant(house, P, CreateAssistant(model="m"), origin())
+    body = CreateRun(assistant_id=assistant.id)
+    for cancelled_first in (True, False):
+        thread_id = await new_thread(house)
+        first, second, _ = [
+            (await threads.start_run(house, P, thread_id, body, [], origin(), "queue")).run.id for _ in range(3)
+        ]
+        cancelling = lifecycle.cancel_run(house, P, thread_id, second)
+        ending = lifecycle.cancel_run(house, P, thread_id, first)
+        await (side_by_side(cancelling, ending) if cancelled_first else side_by_side(ending, cancelling))
+        found = await rows(house, "SELECT status, holds_thread FROM runs WHERE thread_id = $1 ORDER BY seq", thread_id)
+        assert found == [("cancelled", 0), ("cancelled", 0), ("queued", 1)]
+
+
+async def test_a_message_that_is_deleted_is_not_just_being_indexed(house: House, side_by_side: SideBySide):
+    """Its words reach the index before it is deleted, and are taken out, or never."""
+    for indexed_first in (True, False):
+        thread_id = await new_thread(house)
+        message = await threads.create_message(house, P, thread_id, CreateMessage("user", "quetzal"), origin())
+        deleting = threads.delete_message(house, P, thread_id, message.id)
+        indexing = index_messages(house)
+        await (side_by_side(indexing, deleting) if indexed_first else side_by_side(deleting, indexing))
+        wanted = Wanted(["quetzal"])
+        assert await house.store.read(lambda tx: find_threads(tx, P, wanted, 10)) == []  # noqa: B023
+        await index_messages(house)
+        assert await rows(house, "SELECT term FROM message_terms") == []
+
+
+async def test_an_idle_thread_that_is_spoken_to_is_not_deleted(house: House, side_by_side: SideBySide):
+    """A message comes before the thread is deleted for its age, and keeps it, or hears that it is gone."""
+    later = int(house.clock.now()) + 10
+    for spoken_first in (True, False):
+        thread_id = await new_thread(house)
+        house.clock = SetClock(later + 10)
+        speaking = threads.create_message(house, P, thread_id, CreateMessage("user", "Hi"), origin())
+        deleting = threads.delete_idle_thread(house, P, thread_id, later)
+        if spoken_first:
+            said, deleted = await side_by_side(speaking, deleting)
+        else:
+            deleted, said = await side_by_side(deleting, speaking)
+        assert deleted is not spoken_first
+        assert isinstance(said, NotFound) is deleted
+        assert len(await rows(house, "SELECT id FROM threads WHERE id = $1", thread_id)) == spoken_first
+        house.clock = SetClock(later - 10)
+
+
+async def test_a_file_that_is_just_being_named_is_not_deleted(house: House, side_by_side: SideBySide):
+    """A file that is deleted for its age is not there to be named, and one that is just being named is kept."""
+    later = int(house.clock.now()) + 10
+    for named_first in (True, False):
+        thread_id, file_id = await new_thread(house), await stored_file(house)
+        body = CreateMessage("user", "Hi", attachments=[Attachment(file_id=file_id, tools=[AttachedCodeInterpreter()])])
+        naming = threads.create_message(house, P, thread_id, body, origin())
+        deleting = files.condemn_unused_file(house, P, file_id, later)
+        if named_first:
+            named, deleted = await side_by_side(naming, deleting)
+        else:
+            deleted, named = await side_by_side(deleting, naming)
+        assert deleted is not named_first
+        assert isinstance(named, NotFound) is deleted
+        await index_messages(house)
 
 
 async def test_outputs_are_taken_once(house: House, side_by_side: SideBySide):
