@@ -90,12 +90,12 @@ def _money(request: Request, name: str) -> float | None:
 # --- costs -----------------------------------------------------------------------------------------------------
 
 
-async def list_costs(request: Request) -> Response:
+async def retrieve_costs(request: Request) -> Response:
     """GET /costs: what the project's model calls have cost, told apart by `group_by`; as CSV with `format=csv`."""
     return await _costs(request, _bill(request, project_of(request)))
 
 
-async def list_organization_costs(request: Request) -> Response:
+async def retrieve_organization_costs(request: Request) -> Response:
     """GET /organization/costs: as /costs, of all projects, in buckets of a day unless `bucket_width` says otherwise."""
     return await _costs(request, _bill(request, None, by_day=True))
 
