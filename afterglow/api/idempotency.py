@@ -190,6 +190,6 @@ async def _run(request: Request, result: Result) -> Response:
     row, thread = await house.store.read(work)
     body = await request.body()
     if not (body and msgspec.json.decode(body, type=_Streams).stream):
-        return reply(await lifecycle.retrieve_run(house, project, row.run.thread_id, run_id))
+        return reply((await lifecycle.retrieve_run(house, project, row.run.thread_id, run_id)).text)
     first = f"event: thread.created\ndata: {thread}\n\n" if "thread_id" not in request.path_params else ""
     return EventStream(house, project, run_id, result.since, first=first.encode())

@@ -50,7 +50,12 @@ BODIES: dict[str, Json] = {
     "modify_project": {},
     "create_key": {},
     "modify_key": {},
+    "create_webhook_endpoint": {"name": "n", "url": "https://app.example/", "event_types": ["*"]},
+    "modify_webhook_endpoint": {},
+    "rotate_webhook_secret": {},
+    "test_webhook_endpoint": {},
 }
+EMPTY_OK = ("create_thread", "create_vector_store", "rotate_webhook_secret", "test_webhook_endpoint")
 # Those that an older validator reads, in words of its own.
 OLDER_BODIES: dict[str, Json] = {
     "create_upload": {"filename": "a", "purpose": "assistants", "bytes": 1, "mime_type": "text/plain"},
@@ -109,7 +114,9 @@ async def test_what_is_missing_is_named(server: Server, wire: Wire):
     server.model.will(says("Hello."))
     run = await server.run("hi")
     store = await wire.made("/vector_stores")
+    endpoint = await wire.made("/webhook_endpoints", BODIES["create_webhook_endpoint"])
     here = {"thread": run.thread_id, "run": run.id, "vector_store": store["id"], "project": "default"}
+    here["endpoint"] = endpoint["id"]
     for method, path, act in ROUTES:
         wanted = re.findall(r"{(\w+)_id}", path) if act.__name__ not in FORMS else []
         for position, name in enumerate(wanted):
@@ -126,7 +133,7 @@ async def test_what_is_missing_is_named(server: Server, wire: Wire):
 
 def test_every_route_with_a_body_is_known():
     """All POST routes but cancels, forms and uploads are tried with bad bodies below."""
-    without = ("cancel_run", "cancel_upload", "cancel_file_batch", "archive_project")
+    without = ("cancel_run", "cancel_upload", "cancel_file_batch", "archive_project", "resend_webhook_delivery")
     posts = {act.__name__ for method, _, act in ROUTES if method == "POST"}
     assert posts == {*BODIES, *OLDER_BODIES, *FORMS, *without}
 
@@ -146,7 +153,7 @@ async def test_every_body_is_read_alike(wire: Wire):
         message = "Unknown parameter: 'colour'."
         refusal = await wire.post(place, {**body, "colour": 1})
         assert refusal.fault == Fault(400, message, "colour", "unknown_parameter")
-        if act.__name__ not in ("create_thread", "create_vector_store"):
+        if act.__name__ not in EMPTY_OK:
             assert (await wire.post(place, b"")).fault == Fault(400, NOT_JSON)
 
 

@@ -212,7 +212,7 @@ async def test_what_is_no_longer_kept(server: Server) -> None:
     """Once the log is gone the answer is a 410 that says so, not a stream with a hole."""
     server.model.will(says("Hi."))
     raw = await start_stream(server)
-    await server.house.store.write(lambda tx: delete_events_before(tx, 2**40, 1000))
+    await server.house.store.write(lambda tx: delete_events_before(tx, "default", 2**40, 1000))
     status, error = await refused(server, run_in(raw))
     assert status == 410
     assert "no longer kept" in error["message"]

@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from afterglow.app import ROUTES
+from afterglow.objects import WebhookEvent
+from afterglow.rows.webhooks import insert_delivery
 from afterglow.testing import calls
+from afterglow.webhooks import new_delivery
 from tests.api.test_errors import BODIES, FORMS, OLDER_BODIES
 from tests.api.wire import Answer, Json, Wire
 from tests.conftest import GET_WEATHER, Server, ServerFactory
@@ -104,8 +107,20 @@ async def furnished(server: Server, wire: Wire, text: str) -> Tenant:
         "batch_id": batch["id"],
         "upload_id": upload["id"],
         "part_id": part["id"],
+        **await _webhook(server, wire, text),
     }
     return Tenant(wire, ids)
+
+
+async def _webhook(server: Server, wire: Wire, text: str) -> dict[str, str]:
+    """An endpoint that nothing is sent to, with a delivery in its log."""
+    endpoint = await wire.made("/webhook_endpoints", BODIES["create_webhook_endpoint"] | {"name": text})
+    event = WebhookEvent(id="evt_1", created_at=1, type="thread.run.completed", data={"id": text})
+    delivery = new_delivery(endpoint["id"], event, 1)
+    delivery.status = "failed"
+    project = "ours" if text == SECRET else "theirs"
+    await server.house.store.write(lambda tx: insert_delivery(tx, project, delivery, "thread_x", 1, 1))
+    return {"endpoint_id": endpoint["id"], "delivery_id": delivery.id}
 
 
 class Both(NamedTuple):

@@ -123,7 +123,7 @@ def not_found(noun: str, object_id: str) -> Fault:
         return Fault(404, f"No such File object: {object_id}", "id")
     if noun == "vector_store":
         return Fault(404, f"Vector store with id '{object_id}' not found.")
-    noun = {"step": "run step", "batch": "file batch"}.get(noun, noun)
+    noun = {"step": "run step", "batch": "file batch", "endpoint": "webhook endpoint"}.get(noun, noun)
     return Fault(404, f"No {noun} found with id '{object_id}'.")
 
 
