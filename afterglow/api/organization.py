@@ -42,8 +42,8 @@ MAX_VALUES = 100  # of one filter
 
 def actor_of(request: Request) -> Actor:
     """Who acts, for the audit log."""
-    address = request.client.host if request.client else ""
-    return Actor("api_key", request.state.key_id, address, request.headers.get("user-agent", ""))
+    state = request.state
+    return Actor("api_key", state.key_id, state.client_ip, request.headers.get("user-agent", ""))
 
 
 # --- projects --------------------------------------------------------------------------------------------------
