@@ -23,8 +23,8 @@ log = logging.getLogger("afterglow.events")
 class Unwritten:
     """Segments by run, and the task that writes them in batches.
 
-    Of one run, those that leave together become one row for each attempt. A row that could not be written is tried again as it
-    is, and never joined with later text: it may be there after all, when the answer to its COMMIT was lost.
+    Of one run, those that leave together become one row for each attempt. A row that could not be written is tried
+    again as it is, and never joined with later text: it may be there after all, when the answer to its COMMIT was lost.
     """
 
     def __init__(
