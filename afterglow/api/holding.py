@@ -16,12 +16,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from afterglow.api import faults
 from afterglow.api.answers import house_of, reply
-from afterglow.api.pages import query_value
+from afterglow.api.pages import DECIMAL, query_choice, query_decimal
 from afterglow.contracts import DELETED, Watch
 
-SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 PREFERRED = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?=$|[,;])", re.IGNORECASE)
 # How long a client waits for an answer. The oldest Python releases do not say, nor do newer ones of openai-node when it
 # was set for the whole client; a poll of theirs is held for less than people set.
@@ -57,10 +55,10 @@ def read_wait(request: Request, statuses: Sequence[str]) -> Wait:
     """
     settings, headers = house_of(request).settings, request.headers
     preferred = PREFERRED.search(",".join(headers.getlist("prefer")))
-    known = None
     if "wait" in request.query_params:
         preferred = None
-        seconds = min(_seconds(query_value(request, "wait"), settings.poll_hold_s), settings.poll_hold_max_s)
+        asked = query_decimal(request, "wait")
+        seconds = min(settings.poll_hold_s if asked is None else asked, settings.poll_hold_max_s)
     elif preferred:
         seconds = min(float(preferred[1]), settings.poll_hold_max_s)
     elif headers.get("x-stainless-poll-helper", "").lower() == "true" and not _tried_before(headers):
@@ -69,21 +67,12 @@ def read_wait(request: Request, statuses: Sequence[str]) -> Wait:
             seconds = min(seconds, UNTOLD_HOLD_S)
     else:
         return Wait(0)
-    if (known := query_value(request, "status")) is not None and known not in statuses:
-        raise faults.unsupported_value("status", known, statuses)
+    known = query_choice(request, "status", statuses)
     seconds = min(seconds, *(_patience_s(headers, name) for name in TIMEOUT_HEADERS))
     held = seconds > 0
     if request.app.draining:  # the run may end in what is left, but whoever asks is to go elsewhere soon
         seconds, held = min(seconds, settings.poll_after_ms / 1000), False
     return Wait(seconds, known, int(seconds) if preferred else None, held)
-
-
-def _seconds(text: str | None, default: float) -> float:
-    if text is None:
-        return default
-    if not SECONDS.fullmatch(text):
-        raise faults.wrong_type("wait", "a number of seconds", text)
-    return float(text)
 
 
 def _tried_before(headers: Mapping[str, str]) -> bool:
@@ -94,7 +83,7 @@ def _tried_before(headers: Mapping[str, str]) -> bool:
 def _patience_s(headers: Mapping[str, str], name: str) -> float:
     """Half of what the client says that it waits for an answer."""
     text = headers.get(name, "")
-    return float(text) / 2 if SECONDS.fullmatch(text) else float("inf")
+    return float(text) / 2 if DECIMAL.fullmatch(text) else float("inf")
 
 
 async def held(

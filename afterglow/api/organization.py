@@ -14,7 +14,7 @@ from afterglow import projects
 from afterglow.api import faults
 from afterglow.api.answers import house_of, reply, reply_list
 from afterglow.api.bodies import parse
-from afterglow.api.pages import INTEGER, query_value
+from afterglow.api.pages import query_flag, query_integer
 from afterglow.contracts import Transaction
 from afterglow.objects import (
     ApiKey,
@@ -22,7 +22,6 @@ from afterglow.objects import (
     CreatedApiKey,
     CreateProject,
     Deleted,
-    Json,
     ModifyApiKey,
     ModifyProject,
     Project,
@@ -35,15 +34,14 @@ from afterglow.rows.keys import KeyRow, in_order
 from afterglow.rows.lists import ListPage
 from afterglow.rows.projects import ProjectRow
 
-BOOLEANS = ("true", "false")
 FARTHEST_AT = 2**53
 MAX_VALUES = 100  # of one filter
 
 
 def actor_of(request: Request) -> Actor:
     """Who acts, for the audit log."""
-    address = request.client.host if request.client else ""
-    return Actor("api_key", request.state.key_id, address, request.headers.get("user-agent", ""))
+    state = request.state
+    return Actor("api_key", state.key_id, state.client_ip, request.headers.get("user-agent", ""))
 
 
 # --- projects --------------------------------------------------------------------------------------------------
@@ -51,12 +49,10 @@ def actor_of(request: Request) -> Actor:
 
 async def list_projects(request: Request) -> Response:
     """GET /organization/projects. Archived ones only with `include_archived=true`."""
-    archived = query_value(request, "include_archived") or "false"
-    if archived not in BOOLEANS:
-        raise faults.unsupported_value("include_archived", archived, BOOLEANS)
+    archived = query_flag(request, "include_archived")
 
     async def page(tx: Transaction, **cursor: Any) -> ListPage:
-        found = await project_rows.page_of_projects(tx, archived == "true", **cursor)
+        found = await project_rows.page_of_projects(tx, archived, **cursor)
         return await _filled(tx, found, lambda project: projects.existing_project(tx, project), _project)
 
     return await reply_list(request, "project", page)
@@ -187,17 +183,8 @@ async def list_audit_logs(request: Request) -> Response:
 
 
 def _times(request: Request) -> dict[str, int]:
-    times: Json = {}
-    for comparison in COMPARISONS:
-        name = f"effective_at[{comparison}]"
-        text = query_value(request, name)
-        if text is None:
-            continue
-        if not INTEGER.fullmatch(text):
-            raise faults.wrong_type(name, "an integer", text)
-        faults.check_range(int(text), 0, FARTHEST_AT, name)
-        times[comparison] = int(text)
-    return times
+    asked = {sign: query_integer(request, f"effective_at[{sign}]", 0, FARTHEST_AT) for sign in COMPARISONS}
+    return {sign: at for sign, at in asked.items() if at is not None}
 
 
 def _values(request: Request, name: str) -> list[str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import deliveries, webhooks
-from afterglow.api import faults
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
 from afterglow.api.bodies import parse
-from afterglow.api.pages import query_value
+from afterglow.api.pages import query_choice
 from afterglow.contracts import Transaction
 from afterglow.objects import (
     WEBHOOK_EVENT_TYPES,
@@ -40,8 +39,8 @@ async def create_webhook_endpoint(request: Request) -> Response:
 async def list_webhook_endpoints(request: Request) -> Response:
     """GET /webhook_endpoints"""
 
-    async def page(tx: Transaction, **cursor: object) -> ListPage:
-        return await rows.list_endpoints(tx, project_of(request), **cursor)  # type: ignore[arg-type]
+    async def page(tx: Transaction, **cursor: Any) -> ListPage:
+        return await rows.list_endpoints(tx, project_of(request), **cursor)
 
     return await reply_list(request, "webhook endpoint", page)
 
@@ -87,13 +86,12 @@ async def test_webhook_endpoint(request: Request) -> Response:
 
 async def list_webhook_deliveries(request: Request) -> Response:
     """GET /webhook_endpoints/{endpoint_id}/deliveries"""
-    endpoint_id, status = request.path_params["endpoint_id"], query_value(request, "status")
-    if status is not None and status not in DELIVERY_STATUSES:
-        raise faults.unsupported_value("status", status, DELIVERY_STATUSES)
+    endpoint_id = request.path_params["endpoint_id"]
+    status = query_choice(request, "status", DELIVERY_STATUSES)
 
-    async def page(tx: Transaction, **cursor: object) -> ListPage:
+    async def page(tx: Transaction, **cursor: Any) -> ListPage:
         await check_endpoint(tx, project_of(request), endpoint_id)
-        return await rows.list_deliveries(tx, project_of(request), endpoint_id, status, **cursor)  # type: ignore[arg-type]
+        return await rows.list_deliveries(tx, project_of(request), endpoint_id, status, **cursor)
 
     return await reply_list(request, "delivery", page)
 

@@ -61,6 +61,17 @@ async def test_administrative_acts_are_written_down(start_server: ServerFactory,
         assert "sk-admin" not in text
 
 
+async def test_behind_a_trusted_proxy_the_log_has_the_callers_address(
+    start_server: ServerFactory, connect: Any, tmp_path: Path
+):
+    """What a trusted proxy tells is noted, and not where the proxy is."""
+    async with start_server(tmp_path, api_keys=(ADMIN,), trusted_proxies=("127.0.0.1",)) as server:
+        wire = connect(server, "sk-admin")
+        project = (await wire.made(PROJECTS, {"name": "Blue"}))["id"]
+        await wire.post(f"{PROJECTS}/{project}/archive", headers={"x-forwarded-for": "6.6.6.6, 203.0.113.9"})
+        assert [act["actor"]["session"]["ip_address"] for act in await acts(wire)] == ["127.0.0.1", "203.0.113.9"]
+
+
 async def test_the_log_is_read_by_filters_and_pages(start_server: ServerFactory, connect: Any, tmp_path: Path):
     """By time, type, project, actor and resource, together; newest first, page by page with the official client."""
     clock = SetClock()

@@ -386,13 +386,14 @@ async def test_text_is_written_in_batches(writer: Writer):
 
 
 async def test_what_a_transaction_takes_is_written_once(store: Store, open_events):
-    """`take_unwritten` hands over each segment to one caller, in order."""
+    """`take_unwritten` hands over each segment to one caller, in order, and as one row what nobody has tried to write:
+    each is a statement of the caller's transaction."""
     async with open_events(store, flush_ms=60_000) as events:
         writer = await Writer(store, events).start()
         writer.streams(2)
         writer.streams(1)
-        taken = events.take_unwritten(writer.run_id)
-        assert b"".join(segment.data for segment in taken) == writer.bytes_after(START)
+        [taken] = events.take_unwritten(writer.run_id)
+        assert taken.data == writer.bytes_after(START)
         assert events.take_unwritten(writer.run_id) == []
 
 
