@@ -189,7 +189,8 @@ CLUSTER_FLUSH_MS = 20  # others read streamed text from the database
 CODE_ELSEWHERE = ("Code is run by the workers.", "")
 CODE_OFF = ("The setting code_interpreter is off.", "Set it to `auto`.")
 CORS_EXPOSED = [  # what SDKs and apps read
-    *("x-request-id", "openai-poll-after-ms", "openai-processing-ms", "openai-version", "idempotent-replayed"),
+    *("x-request-id", "openai-poll-after-ms", "openai-processing-ms", "openai-version", "openai-organization"),
+    *("idempotent-replayed", "preference-applied"),
     *("retry-after", "retry-after-ms", "x-should-retry", "content-disposition", "content-range"),
     *(f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")),
 ]
