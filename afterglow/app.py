@@ -471,8 +471,9 @@ def _routes() -> list[BaseRoute]:
             Route(prefix + path, once(act) if method == "POST" else act, methods=[method])
             for method, path, act in ROUTES
         ]
+    # Azure names the model in the path; below it is what is passed on anyway, and nothing else of the upstream's.
+    for prefix in (*PREFIXES, models_api.DEPLOYMENTS + "{deployment}"):
         routes += [Route(prefix + path, models_api.forward, methods=FORWARDED_METHODS) for path in models_api.FORWARDED]
-    routes.append(Route("/openai/deployments/{deployment}/{rest:path}", models_api.forward, methods=FORWARDED_METHODS))
     return routes
 
 
