@@ -66,7 +66,13 @@ async def create_part(
 ) -> UploadPart:
     """Store a part. finish: called after the last of `chunks`. Raises NotFound, and InvalidRequest once it is over."""
     part = UploadPart(id=new_id("part"), created_at=int(house.clock.now()), upload_id=upload_id)
-    await house.store.read(lambda tx: _pending(tx, house, project, upload_id, "add parts to"))
+    try:
+        await house.store.read(lambda tx: _pending(tx, house, project, upload_id, "add parts to"))
+    except InvalidRequest:  # unless it is there already, and this asks for it again
+        async for _ in chunks:
+            pass
+        await finish()
+        raise
     async with storing(house, project, part.id, chunks) as stored:
         origin = await finish()
 
@@ -144,11 +150,12 @@ async def _bytes_of(house: House, parts: Sequence[Part], hashed: Any) -> AsyncGe
                 yield chunk
 
 
-async def cancel_upload(house: House, project: str, upload_id: str) -> Upload:
+async def cancel_upload(house: House, project: str, upload_id: str, origin: Origin) -> Upload:
     """Nothing more can be added, and its parts are deleted."""
 
     async def work(tx: Transaction) -> tuple[Upload, list[LooseBlob]]:
         upload = (await _pending(tx, house, project, upload_id, "cancel")).upload
+        await insert_request(tx, project, origin, upload_id, int(house.clock.now()))
         return upload, await _close(tx, house, project, upload, "cancelled")
 
     upload, loose = await house.store.write(work)

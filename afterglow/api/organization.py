@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from afterglow import projects
 from afterglow.api import faults
-from afterglow.api.answers import house_of, reply, reply_list
+from afterglow.api.answers import actor_of, house_of, origin_of, project_of, reply, reply_list
 from afterglow.api.bodies import parse
 from afterglow.api.pages import query_flag, query_integer
 from afterglow.contracts import Transaction
@@ -26,22 +26,22 @@ from afterglow.objects import (
     ModifyProject,
     Project,
 )
+from afterglow.projects import NewKey
 from afterglow.rows import audit as audit_rows
 from afterglow.rows import keys as key_rows
 from afterglow.rows import projects as project_rows
-from afterglow.rows.audit import COMPARISONS, Actor, AuditFilter
+from afterglow.rows.audit import COMPARISONS, AuditFilter
 from afterglow.rows.keys import KeyRow, in_order
 from afterglow.rows.lists import ListPage
 from afterglow.rows.projects import ProjectRow
+from afterglow.rows.requests import Asked
 
 FARTHEST_AT = 2**53
 MAX_VALUES = 100  # of one filter
 
 
-def actor_of(request: Request) -> Actor:
-    """Who acts, for the audit log."""
-    state = request.state
-    return Actor("api_key", state.key_id, state.client_ip, request.headers.get("user-agent", ""))
+async def _asked(request: Request) -> Asked:
+    return Asked(project_of(request), await origin_of(request))
 
 
 # --- projects --------------------------------------------------------------------------------------------------
@@ -61,8 +61,9 @@ async def list_projects(request: Request) -> Response:
 async def create_project(request: Request) -> Response:
     """POST /organization/projects"""
     body = await parse(request, CreateProject)
-    house = house_of(request)
-    return reply(_project(await projects.create_project(house.store, house.clock.now(), actor_of(request), body)))
+    house, asked = house_of(request), await _asked(request)
+    row = await projects.create_project(house.store, house.clock.now(), actor_of(request), body, asked)
+    return reply(_project(row))
 
 
 async def retrieve_project(request: Request) -> Response:
@@ -116,8 +117,17 @@ async def create_key(request: Request) -> Response:
     """POST /organization/projects/{project_id}/api_keys. The answer's `value` is the key, shown this once."""
     body = await parse(request, CreateApiKey)
     house, project = house_of(request), request.path_params["project_id"]
-    made = await projects.create_key(house.store, house.clock.now(), actor_of(request), project, body)
-    return reply(CreatedApiKey(**msgspec.structs.asdict(_key(made.row)), value=made.secret))
+    asked = await _asked(request)
+    return reply(
+        _created(await projects.create_key(house.store, house.clock.now(), actor_of(request), project, body, asked))
+    )
+
+
+async def renew_key(request: Request) -> Response:
+    """What a retry is told of a key that was made, and whose answer nobody heard: its secret is not kept, so it gets
+    another one."""
+    house, project, key_id = house_of(request), request.path_params["project_id"], request.path_params["key_id"]
+    return reply(_created(await projects.renew_key(house.store, house.clock.now(), actor_of(request), project, key_id)))
 
 
 async def retrieve_key(request: Request) -> Response:
@@ -139,6 +149,10 @@ async def delete_key(request: Request) -> Response:
     house, project, key_id = house_of(request), request.path_params["project_id"], request.path_params["key_id"]
     await projects.revoke_key(house.store, house.clock.now(), actor_of(request), project, key_id)
     return reply(Deleted(id=key_id, object="organization.project.api_key.deleted"))
+
+
+def _created(made: NewKey) -> CreatedApiKey:
+    return CreatedApiKey(**msgspec.structs.asdict(_key(made.row)), value=made.secret)
 
 
 def _key(row: KeyRow) -> ApiKey:

@@ -24,6 +24,13 @@ class Origin(NamedTuple):
     key: str | None = None
 
 
+class Asked(NamedTuple):
+    """A request that makes something outside the project that it is in."""
+
+    project: str
+    origin: Origin
+
+
 class Result(NamedTuple):
     """What a request came to. object_id: empty while that is not known. since: where its stream begins."""
 
