@@ -55,13 +55,10 @@ class Unwritten:
             text[1].append(segment)
 
     def take(self, run_id: str) -> list[Segment]:
-        """What is not being written yet; the caller writes it."""
-        refused = [row[2] for row in self._refused.pop(run_id, [])]
-        return refused + self._text.pop(run_id, ("", []))[1]
-
-    def take_all(self, run_id: str) -> list[Segment]:
-        """What is not known to be written. The caller writes it as well; of the same row twice, one is refused."""
-        return [row[2] for row in self._leaving.pop(run_id, [])] + self.take(run_id)
+        """What is not known to be written. The caller writes it, also what is just being written: that may be refused
+        and wait, while the caller's transaction is done. Of the same row twice, one is refused."""
+        rows = self._leaving.pop(run_id, []) + self._refused.pop(run_id, [])
+        return [row[2] for row in rows] + self._text.pop(run_id, ("", []))[1]
 
     def of(self, run_id: str) -> list[Segment]:
         """What is not known to be written, left where it is."""
