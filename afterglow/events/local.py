@@ -80,7 +80,7 @@ class LocalEvents:
         self._hear(run_id, segment)
 
     def take_unwritten(self, run_id: str) -> list[Segment]:
-        return self._unwritten.take(run_id)  # what is being written is written first: SQLite has one writer
+        return self._unwritten.take(run_id)
 
     def forget(self, run_id: str) -> None:
         self._unwritten.forget(run_id)

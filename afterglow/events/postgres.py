@@ -228,7 +228,7 @@ class PostgresEvents:
         self._unwritten.add(project, run_id, segment)
 
     def take_unwritten(self, run_id: str) -> list[Segment]:
-        return self._unwritten.take_all(run_id)
+        return self._unwritten.take(run_id)
 
     def forget(self, run_id: str) -> None:
         self._unwritten.forget(run_id)

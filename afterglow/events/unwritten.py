@@ -55,12 +55,9 @@ class Unwritten:
             text[1].append(segment)
 
     def take(self, run_id: str) -> list[Segment]:
-        """What is not being written yet; the caller writes it."""
-        return [row[2] for row in self._take_rows(run_id)]
-
-    def take_all(self, run_id: str) -> list[Segment]:
-        """What is not known to be written. The caller writes it as well; of the same row twice, one is refused."""
-        return [row[2] for row in self._leaving.pop(run_id, [])] + self.take(run_id)
+        """What is not known to be written. The caller writes it, also what is just being written: that may be refused
+        and wait, while the caller's transaction is done. Of the same row twice, one is refused."""
+        return [row[2] for row in self._leaving.pop(run_id, []) + self._take_rows(run_id)]
 
     def of(self, run_id: str) -> list[Segment]:
         """What is not known to be written, left where it is."""
