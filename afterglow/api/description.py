@@ -507,7 +507,9 @@ def _allow_vendor_keys(body: Json) -> None:
 def _complete_answer(answer: Json, echoed: Json) -> None:
     """What we send has every key, and `object` names what it is."""
     properties = answer["properties"]
-    properties |= {name: echoed[name] for name in properties.keys() & echoed.keys()}
+    for name in properties.keys() & echoed.keys():
+        if properties[name].get("type") != "integer":  # which counts the tokens of what was sent
+            properties[name] = echoed[name]
     if kind := properties.get("object", {}).get("default"):
         properties["object"] = {"const": kind}
     answer["required"] = list(properties)
