@@ -20,7 +20,7 @@ from afterglow.objects import CompleteUpload, Upload, UploadPart
 from afterglow.quotas import check_storage
 from afterglow.rows import uploads as upload_rows
 from afterglow.rows.files import LooseBlob, insert_loose_blob
-from afterglow.rows.requests import Origin, insert_request
+from afterglow.rows.requests import Origin, give_answers, insert_request
 from afterglow.rows.uploads import Part, UploadRow
 
 LIFE_S = 3600
@@ -122,6 +122,7 @@ async def _put_together(house: House, project: str, whole: _Whole, md5: str, ori
             loose = await _close(tx, house, project, upload, "completed")  # first: its parts count no more
             upload.file = await insert_file(tx, house, stored, NewFile(upload.filename, upload.purpose, life_s), origin)
             await upload_rows.update_upload(tx, project, upload)
+            await give_answers(tx, project, upload.id, upload.file.id)
             return loose
 
         loose = await house.store.write(work)

@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from afterglow.api import assistants, files, organization, threads, vector_stores, webhooks
 from afterglow.api.answers import JSON, house_of, origin_of, project_of, reply, retry_headers
 from afterglow.api.attempts import Repeated
+from afterglow.api.bills import is_dry_run
 from afterglow.api.sse import EventStream
 from afterglow.contracts import Transaction
 from afterglow.errors import InvalidRequest, NotFound, StoreError
@@ -37,6 +38,8 @@ REPLAYED = "idempotent-replayed"
 MAX_KEY_CHARS = 255
 # They change nothing, so they are done again; what they find may be gone by then, and is not kept.
 SEARCHES = ("search_vector_store", "explain_search")
+# Dry runs are as searches: they quote a whole prompt.
+RUNS = ("create_run", "create_thread_and_run")
 # They are read piece by piece, and what they are is known at their end.
 FORMS = ("create_file", "create_upload_part")
 # Their answers hold a secret that is shown once: it is not kept, and where nobody saw it, another one takes its place.
@@ -65,13 +68,23 @@ class _Streams(msgspec.Struct):
     stream: bool | None = False
 
 
+class _File(msgspec.Struct):
+    id: str = ""
+
+
 class _Quoted(msgspec.Struct):
-    """The ids in an answer: of the object, and of what it is in."""
+    """The ids in an answer: of the object, and of what it is in. file: that an upload has become."""
 
     id: str = ""
     thread_id: str = ""
     vector_store_id: str = ""
     webhook_endpoint_id: str = ""
+    file: _File | None = None
+
+    @property
+    def owner_id(self) -> str:
+        within = self.thread_id or self.vector_store_id or self.webhook_endpoint_id
+        return within or (self.file.id if self.file else self.id)
 
 
 def once(act: Act) -> Act:
@@ -81,7 +94,7 @@ def once(act: Act) -> Act:
     async def acted(request: Request) -> Response:
         try:
             _, key = retry_headers(request)
-            if key is None or act.__name__ in SEARCHES:
+            if key is None or act.__name__ in SEARCHES or (act.__name__ in RUNS and is_dry_run(request)):
                 return await act(request)
             return await _with_key(request, key, act)
         except Repeated as repeated:
@@ -126,12 +139,10 @@ async def _keep(request: Request, response: Response) -> None:
     kept = "" if request.scope["endpoint"].__name__ in SECRETS else text
     quoted = msgspec.json.decode(text, type=_Quoted)
     origin, now = await origin_of(request), int(house_of(request).clock.now())
-    owner_id = quoted.thread_id or quoted.vector_store_id or quoted.webhook_endpoint_id or quoted.id
+    ids = (quoted.id, quoted.owner_id)
 
     async def work(tx: Transaction) -> None:
-        await request_rows.insert_answer(
-            tx, project_of(request), origin, (quoted.id, owner_id), response.status_code, kept, now
-        )
+        await request_rows.insert_answer(tx, project_of(request), origin, ids, response.status_code, kept, now)
 
     with suppress(StoreError):  # what was done is done; a repetition will read the object
         await house_of(request).store.write(work)

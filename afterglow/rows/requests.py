@@ -185,6 +185,20 @@ async def insert_answer(
     )
 
 
+async def give_answers(tx: Transaction, project: str, object_id: str, owner_id: str) -> None:
+    """What quotes an object is deleted with `owner_id`, too, from now on."""
+    await tx.execute(
+        "UPDATE answers SET owner_id = $3 WHERE project_id = $1 AND object_id = $2", project, object_id, owner_id
+    )
+
+
+async def delete_answers_in(tx: Transaction, project: str, object_id: str, owner_id: str) -> None:
+    """As `delete_answers`, of an object that is taken out of its owner, and stays elsewhere."""
+    await tx.execute(
+        "DELETE FROM answers WHERE project_id = $1 AND object_id = $2 AND owner_id = $3", project, object_id, owner_id
+    )
+
+
 async def delete_answers(tx: Transaction, project: str, object_id: str) -> None:
     """What quotes an object must not outlive it."""
     for column in ("object_id", "owner_id"):
