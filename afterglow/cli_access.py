@@ -91,7 +91,7 @@ def _changed(kind: type[T], before: T, assignments: Sequence[str]) -> T:
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{' '.join(assignments)}: {error}.") from None
+        raise ConfigError(f"{' '.join(assignments)}: {str(error).partition(' - at ')[0]}.") from None
 
 
 def _life_s(text: str | None) -> int | None:
@@ -249,6 +249,9 @@ def _projects_show(options: argparse.Namespace) -> int:
 def _projects_set(options: argparse.Namespace) -> int:
     from afterglow import projects
     from afterglow.audit import operator
+
+    if options.new_name is None and not any(getattr(options, name) for name in PARTS):
+        raise ConfigError("Nothing to change: --name, --limit, --retention or --budget says what.")
 
     async def change(store: Store) -> str:
         project = await _project_id(store, options.project)

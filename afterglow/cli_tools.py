@@ -18,7 +18,7 @@ def add_tools_commands(commands: Any) -> None:
     secret = add_command(actions, "secret", _secret, "print the secret of a project's calls; the first time, make it")
     rotate = add_command(actions, "rotate", _rotate, "make a new secret and print it; the old one signs no more")
     for command in (secret, rotate):
-        command.add_argument("--project", default="default", help="whose calls (default: default)")
+        command.add_argument("--project", default="default", help="whose calls, by id or name (default: default)")
         add_data_flags(command)
 
 

@@ -23,7 +23,7 @@ def add_webhook_commands(commands: Any) -> None:
     resend.add_argument("endpoint_id", metavar="ENDPOINT_ID", help="as `webhooks list` shows it")
     resend.add_argument("delivery_id", metavar="DELIVERY_ID", help="as `webhooks deliveries` shows it")
     for command in (listing, log, resend):
-        command.add_argument("--project", default="default", help="the project they belong to (default: default)")
+        command.add_argument("--project", default="default", help="whose they are, by id or name (default: default)")
         add_data_flags(command)
 
 

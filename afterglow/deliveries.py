@@ -22,16 +22,16 @@ from typing import NamedTuple
 
 import msgspec
 
-from afterglow import __version__, telemetry
+from afterglow import telemetry
 from afterglow.contracts import House, Transaction
 from afterglow.errors import InvalidRequest, OutboundFailed, StoreError
 from afterglow.ids import new_id
-from afterglow.objects import Json, WebhookDelivery, WebhookEvent, WebhookTestResult, WebhookTry
+from afterglow.objects import WebhookDelivery, WebhookEvent, WebhookTestResult, WebhookTry
 from afterglow.rows import webhooks as rows
 from afterglow.rows.webhooks import Claim, EndpointRow
 from afterglow.signing import signed_headers
 from afterglow.telemetry import log
-from afterglow.webhooks import new_delivery, no_endpoint
+from afterglow.webhooks import new_delivery, no_endpoint, sample_data
 
 MAX_AT_ONCE = 512
 MAX_OF_ONE = 8
@@ -166,7 +166,6 @@ async def send(house: House, row: EndpointRow, event: WebhookEvent) -> Outcome:
     old_secret = row.old_secret if (row.old_secret_until or 0) > now else None
     headers = {
         "content-type": "application/json",
-        "user-agent": f"Afterglow/{__version__}",
         **signed_headers(row.secret, event.id, now, body, old_secret=old_secret),
     }
     try:
@@ -261,9 +260,7 @@ async def send_test(house: House, project: str, endpoint_id: str, event_type: st
     Raises InvalidRequest, saying why, when there was no answer.
     """
     now = house.clock.now()
-    noun = event_type.split(".")[-2]
-    data: Json = {"id": f"{noun}_test", "status": event_type.rpartition(".")[2], "test": True}
-    event = WebhookEvent(id=new_id("evt"), created_at=int(now), type=event_type, data=data)
+    event = WebhookEvent(id=new_id("evt"), created_at=int(now), type=event_type, data=sample_data(event_type))
     claim = Claim(project, 1, 0, new_delivery(endpoint_id, event, now))
     until = now + house.settings.webhook_timeout_s + GRACE_S
 

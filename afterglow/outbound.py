@@ -22,6 +22,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
 
+from afterglow import __version__
 from afterglow.addresses import NotAllowed, Target, is_public, target_of
 from afterglow.contracts import Reply
 from afterglow.errors import ImageUnavailable, OutboundFailed
@@ -32,6 +33,7 @@ TIMEOUT_S = 20.0
 CONNECT_TIMEOUT_S = 5.0  # one of a name's addresses; then the next is tried
 MAX_ADDRESSES = 8
 MAX_LOOKUPS = 64  # names asked for at once; what hangs there holds up no other part of the server
+OURS = {"user-agent": f"Afterglow/{__version__}", "accept-encoding": "identity"}
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 WEB = ("http", "https")
 WRONG = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError)
@@ -106,7 +108,7 @@ class GuardedClient:
             request = client.build_request(
                 method,
                 target.url.copy_with(host=address),
-                headers={"accept-encoding": "identity", **headers, "host": target.url.netloc.decode()},
+                headers={**OURS, **headers, "host": target.url.netloc.decode()},
                 content=body,
                 extensions={"sni_hostname": target.host},
             )

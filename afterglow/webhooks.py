@@ -22,6 +22,7 @@ from afterglow.objects import (
     WEBHOOK_EVENT_TYPES,
     AuditLog,
     CreateWebhookEndpoint,
+    FileCounts,
     FileStatus,
     Json,
     ModifyWebhookEndpoint,
@@ -279,6 +280,25 @@ async def record_batch(tx: Transaction, project: str, batch: VectorStoreFileBatc
         "file_counts": {name: getattr(batch.file_counts, name) for name in batch.file_counts.__struct_fields__},
     }
     await _record(tx, project, f"vector_store.file_batch.{batch.status}", batch.vector_store_id, data, now)
+
+
+def sample_data(event_type: str) -> Json:
+    """The data of an event that tells of nothing: a receiver finds every key there that the real ones have."""
+    _, kind, status = event_type.split(".")
+    of_store: Json = {"vector_store_id": "vs_test", "status": status, "test": True}
+    if kind == "file_batch":
+        return {"id": "vsfb_test", "file_counts": dict.fromkeys(FileCounts.__struct_fields__, 0)} | of_store
+    if kind == "file":
+        return {"id": "file_test", "last_error_code": None} | of_store
+    return {
+        "id": "run_test",
+        "thread_id": "thread_test",
+        "assistant_id": "asst_test",
+        "status": status,
+        "last_error_code": None,
+        "incomplete_reason": None,
+        "test": True,
+    }
 
 
 async def _record(tx: Transaction, project: str, event_type: str, owner_id: str, data: Json, now: float) -> bool:

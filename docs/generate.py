@@ -87,6 +87,7 @@ default_model = "gpu/qwen3-32b"
 log_format = "json"
 allowed_hosts = ["assistants.example.com"]
 run_expires_s = 1800
+currency = "EUR"
 
 [aliases]
 "gpt-4o" = "gpu/qwen3-32b"
@@ -112,6 +113,8 @@ window_tokens = 32768
 max_output_tokens = 8192
 vision = false
 tools = true
+prompt_price = 0.2
+completion_price = 0.6
 """
 
 MAP = """# Map of the code

@@ -10,18 +10,25 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
+import warnings
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import openai
 import pytest
 
 from afterglow import cli, errors, settings
 from afterglow.app import OPEN_ROUTES, ROUTES
+from afterglow.objects import WEBHOOK_EVENT_TYPES, WebhookEvent
 from afterglow.runs.states import RUN_MOVES, TERMINAL
 from afterglow.settings import ModelSettings, Settings
+from afterglow.signing import new_secret, signed_headers
+from afterglow.webhooks import sample_data
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -31,6 +38,7 @@ PAGES = {
 }
 EXAMPLE_URL = "http://127.0.0.1:8000/v1"
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+WEATHER = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 LINK = re.compile(r"\[[^\]]+\]\(([^)\s]+)\)")
 
@@ -256,6 +264,70 @@ def test_the_curl_example_runs(base_url: str):
     said = ran(["sh", "-eu", "-c", script.replace(EXAMPLE_URL, base_url)])
     assert "event: thread.run.completed\n" in said
     assert said.endswith("event: done\ndata: [DONE]\n\n")
+
+
+@pytest.fixture(scope="module")
+def story(base_url: str) -> Iterator[dict[str, Any]]:
+    """What the other examples speak of, by the names they use: a run that waits for the outputs of a call; and `ended`,
+    one that is over."""
+    with openai.OpenAI(base_url=base_url, api_key="anything") as client, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        tool = {"type": "function", "function": {"name": "get_weather", "parameters": WEATHER}}
+        assistant = client.beta.assistants.create(model="gpt-4o", tools=[tool])  # type: ignore[list-item]
+        thread = client.beta.threads.create(messages=[{"role": "user", "content": "The weather in Oslo?"}])
+        run = client.beta.threads.runs.create_and_poll(thread_id=thread.id, assistant_id=assistant.id)
+        [call] = run.required_action.submit_tool_outputs.tool_calls  # type: ignore[union-attr]
+        ended = client.beta.threads.create_and_run_poll(assistant_id=assistant.id, tools=[])
+        yield {"client": client, "assistant": assistant, "thread": thread, "run": run, "call": call, "ended": ended}
+
+
+def told(page: str, word: str, base_url: str, names: dict[str, Any]) -> dict[str, Any]:
+    """`names`, and those that are there once the page's Python example with `word` in it has run."""
+    [block] = [block for block in blocks(page, "python") if word in block]
+    found = dict(names)
+    exec(block.replace(EXAMPLE_URL, base_url).replace('"sk-…"', '"sk-any"'), found)
+    return found
+
+
+def test_python_examples_do_what_they_say(base_url: str, story: dict[str, Any]):
+    """Outputs in parts, waiting, events, ledger, dry run, an idempotency key, the README's and administration."""
+    run = told("docs/tools.md", "partial", base_url, story)["run"]
+    run = told("docs/waiting.md", "wait_for", base_url, story)["wait_for"](run)
+    assert run.status == "completed"
+    events = [one.event for one in told("docs/waiting.md", "events_of", base_url, story)["events_of"](run)]
+    assert (events[0], events[-1]) == ("thread.run.created", "thread.run.completed")
+    ledger = told("docs/costs.md", "/ledger", base_url, story)["ledger"]
+    assert ledger["total"]["usage"]["total_tokens"] == run.usage.total_tokens
+    assert told("docs/costs.md", "dry_run", base_url, story)["tried"]["would"] == "run"
+    made = [told("docs/retries.md", "Idempotency-Key", base_url, story)["message"].id for _ in range(2)]
+    assert made[0] == made[1]
+    found = told("README.md", "create_and_poll", base_url, story)
+    assert f'"{found["run"].id}"' in found["events"]
+    assert found["ledger"]["run_id"] == found["run"].id
+    blue = told("docs/access.md", "admin_api_key", base_url, {})["blue"]
+    assert blue.settings["limits"]["requests_per_minute"] == 600
+
+
+def test_the_receiver_of_webhooks_takes_what_is_signed(monkeypatch: pytest.MonkeyPatch):
+    """The example in webhooks.md answers 200 to each event and each test of one, and 400 to a forged one."""
+    monkeypatch.setenv("WEBHOOK_SECRET", secret := new_secret())
+    receive = told("docs/webhooks.md", "unwrap", "", {})["receive"]
+    for event_type in WEBHOOK_EVENT_TYPES:
+        event = WebhookEvent(id="evt_1", created_at=1, type=event_type, data=sample_data(event_type))
+        body = msgspec.json.encode(event)
+        headers = signed_headers(secret, event.id, int(time.time()), body)
+        assert receive(body, headers) == 200
+        assert receive(body + b" ", headers) == 400
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+@pytest.mark.parametrize("page", ["api", "costs", "finding", "waiting", "webhooks"])
+def test_curl_examples_are_answered(page: str, base_url: str, story: dict[str, Any]):
+    """Each curl command of the pages about extensions gets what it asks for."""
+    script = "\n".join(text for text in blocks(f"docs/{page}.md", "sh") if "curl" in text and "…" not in text)
+    run = f'THREAD={story["ended"].thread_id} RUN={story["ended"].id}\ncurl() {{ command curl --fail -m 5 "$@"; }}\n'
+    assert base_url not in script
+    assert ran(["sh", "-eu", "-c", run + script.replace(EXAMPLE_URL, base_url)])
 
 
 # --- what must not be said -------------------------------------------------------------------------------------

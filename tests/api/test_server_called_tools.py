@@ -99,6 +99,7 @@ async def test_calls_are_signed_with_the_projects_secret(server: Server, tool: E
         assert verify(secret, asked.headers, asked.body)
         assert not verify(secret, asked.headers, asked.body + b" ")
         server.client.webhooks.verify_signature(asked.body.decode(), asked.headers, secret=secret)
+    assert first.headers["user-agent"].startswith("Afterglow/")
     assert first.body == second.body
     assert first.headers["webhook-id"] == second.headers["webhook-id"] == first.headers["idempotency-key"]
     assert first.json["id"] in first.headers["webhook-id"]

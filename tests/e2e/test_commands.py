@@ -164,7 +164,8 @@ def test_projects_are_made_changed_and_archived(capsys: pytest.CaptureFixture[st
     for words, why in (
         (["show", "Blue team"], "There is no project 'Blue team'"),
         (["set", "Green", "--limit", "storage=1"], "'storage=1': expected NAME=VALUE"),
-        (["set", "Green", "--limit", "storage_mb=-1"], "Expected `int` >= 0"),
+        (["set", "Green", "--limit", "storage_mb=-1"], "storage_mb=-1: Expected `int` >= 0.\n"),
+        (["set", "Green"], "Nothing to change"),
     ):
         assert cli.main(["projects", *words]) == 1
         assert why in capsys.readouterr().err
