@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from afterglow.api import assistants, files, organization, threads, vector_stores, webhooks
 from afterglow.api.answers import JSON, house_of, origin_of, project_of, reply, retry_headers
 from afterglow.api.attempts import Repeated
-from afterglow.api.bills import is_dry_run
+from afterglow.api.pages import query_flag
 from afterglow.api.sse import EventStream
 from afterglow.contracts import Transaction
 from afterglow.errors import InvalidRequest, NotFound, StoreError
@@ -94,7 +94,7 @@ def once(act: Act) -> Act:
     async def acted(request: Request) -> Response:
         try:
             _, key = retry_headers(request)
-            if key is None or act.__name__ in SEARCHES or (act.__name__ in RUNS and is_dry_run(request)):
+            if key is None or act.__name__ in SEARCHES or (act.__name__ in RUNS and query_flag(request, "dry_run")):
                 return await act(request)
             return await _with_key(request, key, act)
         except Repeated as repeated:
