@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 from afterglow.api import assistants, files, organization, threads, vector_stores, webhooks
 from afterglow.api.answers import JSON, house_of, origin_of, project_of, reply, retry_headers
 from afterglow.api.attempts import Repeated
+from afterglow.api.bills import is_dry_run
 from afterglow.api.sse import EventStream
 from afterglow.contracts import Transaction
 from afterglow.errors import InvalidRequest, NotFound, StoreError
@@ -37,6 +38,7 @@ REPLAYED = "idempotent-replayed"
 MAX_KEY_CHARS = 255
 # They change nothing, so they are done again; what they find may be gone by then, and is not kept.
 SEARCHES = ("search_vector_store", "explain_search")
+MAY_BE_DRY = ("create_run", "create_thread_and_run")  # with `dry_run` they look, as searches do
 # They are read piece by piece, and what they are is known at their end.
 FORMS = ("create_file", "create_upload_part")
 # Their answers hold a secret that is shown once: it is not kept, and where nobody saw it, another one takes its place.
@@ -81,13 +83,17 @@ def once(act: Act) -> Act:
     async def acted(request: Request) -> Response:
         try:
             _, key = retry_headers(request)
-            if key is None or act.__name__ in SEARCHES:
+            if key is None or _only_looks(act, request):
                 return await act(request)
             return await _with_key(request, key, act)
         except Repeated as repeated:
             return _Again(await _answer_again(request, repeated))
 
     return acted
+
+
+def _only_looks(act: Act, request: Request) -> bool:
+    return act.__name__ in SEARCHES or (act.__name__ in MAY_BE_DRY and is_dry_run(request))
 
 
 async def _with_key(request: Request, key: str, act: Act) -> Response:
