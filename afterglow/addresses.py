@@ -19,12 +19,12 @@ READ_AS_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes so
 WEB_PORTS = (80, 443)
 LAST_RESERVED_PORT = 1023  # mail, shells and the like, some of which take a request for a conversation
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-# Global as some versions of Python see it, and still none of a host on the internet: protocols, relays, translated
-# addresses, addresses of sites, segments of routes.
+# Global as some versions of Python see it, and still none of a host on the internet: protocols, relays, what answers
+# Azure's machines alone about themselves, translated addresses, addresses of sites, segments of routes.
 NOT_OF_A_HOST = tuple(
     map(
         ipaddress.ip_network,
-        ("192.0.0.0/24", "192.88.99.0/24", "64:ff9b:1::/48", "fec0::/10", "2001::/23", "5f00::/16"),
+        ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32", "64:ff9b:1::/48", "fec0::/10", "2001::/23", "5f00::/16"),
     )
 )
 COMPATIBLE = ipaddress.IPv6Network("::/96")

@@ -17,7 +17,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from afterglow.api.edge import API_VERSION, GONE, new_request_id
+from afterglow.api.edge import API_VERSION, GONE, ORGANIZATION, new_request_id
 from afterglow.errors import ApiError, HeadTooLarge, InvalidRequest, TooSlow, Unavailable
 from afterglow.settings import Settings
 
@@ -139,6 +139,7 @@ def _answer(error: ApiError) -> bytes:
         "x-request-id": new_request_id(),
         "openai-processing-ms": "0",
         "openai-version": API_VERSION,
+        "openai-organization": ORGANIZATION,
         **error.headers,
     }
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

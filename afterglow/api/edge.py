@@ -39,6 +39,7 @@ from afterglow.proxies import Proxies
 
 log = logging.getLogger("afterglow.http")
 API_VERSION = "2020-10-01"
+ORGANIZATION = "afterglow"
 API_PREFIXES = ("/v1/", "/openai/")
 OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
 METRICS_PATH = "/metrics"
@@ -194,7 +195,7 @@ class _Exchange:
                 (b"x-request-id", self.request_id.encode()),
                 (b"openai-processing-ms", b"%d" % took_ms),
                 (b"openai-version", API_VERSION.encode()),
-                (b"openai-organization", b"afterglow"),
+                (b"openai-organization", ORGANIZATION.encode()),
                 *((name.encode(), value.encode()) for name, value in self.told.items()),
             ]
             log.debug("%d in %d ms", self.status, took_ms)

@@ -41,6 +41,7 @@ class Raw:
         headers = dict(line.lower().split(": ", 1) for line in head.strip().split("\r\n")[1:])
         body = await self.reader.readexactly(int(headers["content-length"]))
         assert headers["x-request-id"]
+        assert headers["openai-organization"] == "afterglow"
         return int(head.split(" ")[1]), json.loads(body)
 
     async def refused(self, status: int) -> str:

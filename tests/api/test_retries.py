@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +360,24 @@ async def test_answers_go_with_what_they_quote(server: Server, wire: Wire, delet
     kept = await server.house.store.read(lambda tx: tx.fetch("SELECT body FROM answers"))
     assert not [body for (body,) in kept if "hello" in body]
     assert (await sent(wire, path, HELLO)).status == 404
+
+
+async def test_a_dry_run_is_done_again(server: Server, wire: Wire):
+    """It makes nothing, and what it shows of messages is not kept beyond them."""
+    assistant = await server.assistant()
+    thread = await wire.made("/threads", {"messages": [{"role": "user", "content": "once"}]})
+    ask = partial(
+        wire.client.post,
+        f"/v1/threads/{thread['id']}/runs?dry_run=true",
+        json={"assistant_id": assistant.id},
+        headers=KEY,
+    )
+    assert b"once" in (await ask()).content
+    kept = await server.house.store.read(lambda tx: tx.fetch("SELECT body FROM answers"))
+    assert not kept
+    await wire.post(f"/threads/{thread['id']}/messages", {"role": "user", "content": "twice"})
+    again = await ask()
+    assert (again.status_code, b"twice" in again.content) == (200, True)
 
 
 async def test_a_stream_is_joined(server: Server, wire: Wire):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import asyncpg
 import pytest
@@ -54,7 +54,7 @@ from afterglow.tools.code_interpreter import CodeInterpreter
 from tests.postgres import fresh_database
 
 P = "default"
-CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}", "output": None}}
 SideBySide = Callable[[Coroutine[Any, Any, Any], Coroutine[Any, Any, Any]], Awaitable[list[Any]]]
 
 
@@ -291,11 +291,11 @@ async def test_a_run_that_waits_is_not_missed_by_the_end_of_the_one_before(house
     assistant = await assistants.create_assistant(house, P, CreateAssistant(model="m"), origin())
     body = CreateRun(assistant_id=assistant.id)
     for queued_first in (True, False):
-        for if_busy in ("queue", "interrupt"):
+        for if_busy in get_args(lifecycle.IfBusy)[1:]:
             thread_id = await new_thread(house)
-            active = await threads.start_run(house, P, thread_id, body, [], origin())
-            queueing = threads.start_run(house, P, thread_id, body, [], origin(), if_busy)
-            ending = lifecycle.cancel_run(house, P, thread_id, active.run.id)
+            active = await threads.start_run(house, P, thread_id, body, RunQuery([]), origin())
+            queueing = threads.start_run(house, P, thread_id, body, RunQuery([], if_busy=if_busy), origin())
+            ending = lifecycle.cancel_run(house, P, thread_id, active.run.id, origin())
             await (side_by_side(queueing, ending) if queued_first else side_by_side(ending, queueing))
             found = await rows(
                 house, "SELECT status, holds_thread FROM runs WHERE thread_id = $1 ORDER BY seq", thread_id
@@ -310,10 +310,11 @@ async def test_a_thread_is_not_passed_to_a_run_that_is_just_cancelled(house: Hou
     for cancelled_first in (True, False):
         thread_id = await new_thread(house)
         first, second, _ = [
-            (await threads.start_run(house, P, thread_id, body, [], origin(), "queue")).run.id for _ in range(3)
+            (await threads.start_run(house, P, thread_id, body, RunQuery([], if_busy="queue"), origin())).run.id
+            for _ in range(3)
         ]
-        cancelling = lifecycle.cancel_run(house, P, thread_id, second)
-        ending = lifecycle.cancel_run(house, P, thread_id, first)
+        cancelling = lifecycle.cancel_run(house, P, thread_id, second, origin())
+        ending = lifecycle.cancel_run(house, P, thread_id, first, origin())
         await (side_by_side(cancelling, ending) if cancelled_first else side_by_side(ending, cancelling))
         found = await rows(house, "SELECT status, holds_thread FROM runs WHERE thread_id = $1 ORDER BY seq", thread_id)
         assert found == [("cancelled", 0), ("cancelled", 0), ("queued", 1)]
@@ -370,15 +371,15 @@ async def test_a_file_that_is_just_being_named_is_not_deleted(house: House, side
 
 async def test_outputs_are_taken_once(house: House, side_by_side: SideBySide):
     """Of two submissions at once the second hears that the run does not wait; so does one that meets a cancel."""
-    body = SubmitToolOutputs(tool_outputs=[ToolOutput(tool_call_id="call_1", output="x")])
+    bodies = [SubmitToolOutputs(tool_outputs=[ToolOutput(tool_call_id="call_1", output=text)]) for text in "xy"]
     for cancelled in (False, True):
         run = await run_that_waits(house)
         names = house, P, run.thread_id, run.id
-        submit = lifecycle.submit_tool_outputs(*names, body, origin())
+        submit = lifecycle.submit_tool_outputs(*names, bodies[0], origin())
         another = (
             lifecycle.cancel_run(*names, origin())
             if cancelled
-            else lifecycle.submit_tool_outputs(*names, body, origin())
+            else lifecycle.submit_tool_outputs(*names, bodies[1], origin())
         )
         _, second = await side_by_side(another, submit)
         assert isinstance(second, InvalidRequest)

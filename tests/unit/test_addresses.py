@@ -22,6 +22,7 @@ WEB = ("http", "https")
         ("192.0.2.1", False),
         ("198.18.0.1", False),
         ("169.254.169.254", False),
+        ("168.63.129.16", False),  # Azure's machines learn there what is theirs alone
         ("100.64.0.1", False),
         ("127.255.255.254", False),
         ("224.0.0.1", False),
