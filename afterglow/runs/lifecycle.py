@@ -100,7 +100,8 @@ def tell_passed(house: House, passed: Passed | None) -> None:
     if passed is None:
         return
     if passed.failed is not None:
-        return tell(house, passed.failed)
+        tell(house, passed.failed)
+        return
     house.events.note(passed.project, passed.run_id, "queued")  # its row alone was changed
     house.queue.wake()
     if passed.attaches:

@@ -125,8 +125,8 @@ async def test_tokens_stop_new_runs_until_they_have_come_back(
 
 
 async def test_runs_at_once_are_limited(start_server: ServerFactory, connect: Any, tmp_path: Path):
-    """So many of a project may be active, however many are asked for in the same moment; one that ends makes room. A run
-    that waits for its thread is not active."""
+    """So many of a project may be active, however many are asked for in the same moment; one that ends makes room. A
+    run that waits for its thread is not active."""
     clock = SetClock()
     async with start_server(tmp_path, clock=clock, api_keys=KEYS) as server:
         wire = await limit(server, clock, connect, concurrent_runs=2)
