@@ -85,7 +85,8 @@ class McpSessions:
                 self._listed[server] = listed
         if len(self._listed) > MAX_LISTS:
             oldest = next(iter(self._listed))
-            del self._listed[oldest], self._listing[oldest]
+            del self._listed[oldest]
+            self._listing.pop(oldest, None)  # whoever lists it just now brings back only what it has
         if listed.failure:
             raise OutboundFailed(listed.failure)
         return listed.tools
@@ -274,7 +275,7 @@ async def _http(said: McpSettings, guarded: _GuardedTransport) -> AsyncGenerator
         http = await opened.enter_async_context(
             httpx2.AsyncClient(
                 transport=guarded,
-                headers=dict(said.headers),
+                headers={"accept-encoding": "identity", **dict(said.headers)},
                 timeout=httpx2.Timeout(CONNECT_S, read=SILENCE_S),
                 follow_redirects=False,
                 trust_env=False,
@@ -284,7 +285,8 @@ async def _http(said: McpSettings, guarded: _GuardedTransport) -> AsyncGenerator
 
 
 class _GuardedTransport(httpx2.AsyncBaseTransport):
-    """Connects to the very address that was checked, and takes no more than MAX_ANSWER_BYTES of JSON.
+    """Connects to the very address that was checked, and takes no more than MAX_ANSWER_BYTES of anything but events,
+    which the client bounds one by one. Nothing is unpacked: a little could become very much.
 
     forgotten: the server has said that it does not know the session.
     """
@@ -311,7 +313,10 @@ class _GuardedTransport(httpx2.AsyncBaseTransport):
         )
         response = await self._inner.handle_async_request(sent)
         self.forgotten = self.forgotten or (response.status_code == 404 and SESSION_HEADER in request.headers)
-        if response.headers.get("content-type", "").startswith("application/json"):
+        if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+            await response.aclose()
+            return httpx2.Response(502, request=request)
+        if not response.headers.get("content-type", "").lower().startswith("text/event-stream"):
             assert isinstance(response.stream, httpx2.AsyncByteStream)
             response.stream = _Bounded(response.stream)
         return response

@@ -157,17 +157,16 @@ async def start_run(
         active, expired = await make_room(tx, house, project, thread_id, query.if_busy)
         stopped = interrupted = None
         if active is None:
-            happened = await insert_run_on_thread(tx, house, project, thread_id, body, query)
+            created = happened = await insert_run_on_thread(tx, house, project, thread_id, body, query)
         else:
-            await check_active_runs(tx, house, project, query.key_id)
             await check_named_files(tx, project, messages, now)
             urgent = query.if_busy == "interrupt"
-            happened = await insert_waiting_run(tx, house, active, body, query, urgent=urgent)
+            created = happened = await insert_waiting_run(tx, house, active, body, query, urgent=urgent)
             if urgent:
-                happened, stopped = await interrupt_active_run(tx, house, active, happened)
+                happened, stopped = await interrupt_active_run(tx, house, active, created)
                 interrupted = active if stopped is None else None
         await insert_request(tx, project, origin, happened.run.id, now)
-        return happened, interrupted, [expired, happened, stopped]
+        return happened, interrupted, [expired, created, stopped]
 
     happened, interrupted, told = await house.store.write(work)
     if attach_for_search(messages):

@@ -99,7 +99,9 @@ def tell_passed(house: House, passed: Passed | None) -> None:
     """As `tell`, of a thread that was passed on."""
     if passed is None:
         return
-    tell(house, passed.failed)
+    if passed.failed is not None:
+        tell(house, passed.failed)
+        return
     house.events.note(passed.project, passed.run_id, "queued")  # its row alone was changed
     house.queue.wake()
     if passed.attaches:
@@ -350,7 +352,7 @@ async def pass_on_stranded(house: House, limit: int) -> int:
         passed = []
         for project, thread_id, run_id in await run_rows.list_stranded(tx, limit):
             row = await run_rows.get_run(tx, project, thread_id, run_id)
-            if row and await run_rows.get_active_run(tx, project, thread_id) is None:
+            if row and row.waits and await run_rows.get_active_run(tx, project, thread_id) is None:
                 passed.append(await pass_on(tx, house, row, run_id))
         return [one for one in passed if one]
 

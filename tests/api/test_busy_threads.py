@@ -238,7 +238,7 @@ async def test_a_run_that_waits_for_too_long_expires(start_server: ServerFactory
 
 async def test_what_cannot_be_said_any_more_fails_the_run(server: Server):
     """A file that a waiting message names is deleted meanwhile: that run fails and says why, and the next has its
-    turn."""
+    turn. Whoever waits for the one that failed hears just that."""
     thread_id, first = await waiting_on(server)
     file_id = await upload(server)
     attachments = [{"file_id": file_id, "tools": [{"type": "code_interpreter"}]}]
@@ -246,7 +246,11 @@ async def test_what_cannot_be_said_any_more_fails_the_run(server: Server):
     third = await ask(server, thread_id, additional_messages=[user("Third?")])
     await server.client.files.delete(file_id)
     server.model.will(says("Three."))
-    await server.client.beta.threads.runs.cancel(first.id, thread_id=thread_id)
+    with server.house.events.watch("run", "default", second.id) as watch:
+        await server.client.beta.threads.runs.cancel(first.id, thread_id=thread_id)
+        news = await watch.next("", 5)
+    assert news is not None
+    assert news.status == "failed"
     assert (await server.poll(third)).status == "completed"
     failed = await get(server, second)
     assert failed.status == "failed"
@@ -285,6 +289,22 @@ async def test_interrupting_a_run_that_waits_for_its_caller(server: Server):
     assert (await get(server, first)).status == "cancelled"
     assert (await server.poll(second)).status == "completed"
     assert await texts(server, thread_id) == ["Weather?", "Now!", "Now."]
+
+
+async def test_a_run_that_fails_as_it_interrupts(server: Server, monkeypatch: pytest.MonkeyPatch):
+    """Its messages cannot come into the thread: the answer says so, its end is counted once, and the thread is free."""
+    thread_id, first = await waiting_on(server)
+    attachments = [{"file_id": await upload(server), "tools": [{"type": "code_interpreter"}]}]
+    monkeypatch.setattr("afterglow.messages.MAX_CODE_FILES", 0)
+    look = {**user("Look!"), "attachments": attachments}
+    second = await ask(server, thread_id, "interrupt", additional_messages=[look])
+    assert (second.status, (await get(server, first)).status) == ("failed", "cancelled")
+    samples = [one for metric in server.house.metrics.runs_ended.collect() for one in metric.samples]
+    ended = {one.labels["status"]: one.value for one in samples if one.name.endswith("_total") and one.value}
+    assert ended == {"cancelled": 1, "failed": 1}
+    assert await texts(server, thread_id) == ["Weather?"]
+    server.model.will(says("Here."))
+    assert (await server.poll(await ask(server, thread_id, "reject"))).status == "completed"
 
 
 # --- messages --------------------------------------------------------------------------------------------------

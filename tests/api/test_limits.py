@@ -125,7 +125,8 @@ async def test_tokens_stop_new_runs_until_they_have_come_back(
 
 
 async def test_runs_at_once_are_limited(start_server: ServerFactory, connect: Any, tmp_path: Path):
-    """So many of a project may be active, however many are asked for in the same moment; one that ends makes room."""
+    """So many of a project may be active, however many are asked for in the same moment; one that ends makes room. A
+    run that waits for its thread is not active."""
     clock = SetClock()
     async with start_server(tmp_path, clock=clock, api_keys=KEYS) as server:
         wire = await limit(server, clock, connect, concurrent_runs=2)
@@ -140,6 +141,8 @@ async def test_runs_at_once_are_limited(start_server: ServerFactory, connect: An
         run = await wire.stopped(next(answer for answer in answers if answer.status == 200).json)
         busy = await wire.post(f"/threads/{run['thread_id']}/runs", body)
         assert (busy.status, "already has an active run" in busy.fault.message) == (400, True)
+        waits = await wire.made(f"/threads/{run['thread_id']}/runs?if_busy=queue", body)
+        await wire.made(f"/threads/{run['thread_id']}/runs/{waits['id']}/cancel")
         await wire.made(f"/threads/{run['thread_id']}/runs/{run['id']}/cancel")
         assert (await wire.post("/threads/runs", body)).status == 200
 

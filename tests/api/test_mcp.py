@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import gzip
 import os
 import signal
 import sys
+import tracemalloc
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from functools import partial
@@ -17,6 +20,7 @@ import openai
 import pytest
 from mcp import Client
 
+from afterglow import mcp_servers
 from afterglow.contracts import McpServer, McpTool
 from afterglow.errors import ConfigError, OutboundFailed
 from afterglow.mcp_servers import McpSessions
@@ -259,6 +263,60 @@ async def test_a_callers_url_is_guarded(url: str, let: Callable[..., McpSessions
     with pytest.raises(OutboundFailed, match="is a private address"):
         await sessions.list_tools("a", McpServer("x", url.replace("http:", "https:")))
     assert await let(urls=True).list_tools("a", McpServer("x", url))
+
+
+@pytest.mark.parametrize(
+    ("head", "body"),
+    [
+        ("Content-Type: Application/JSON", b" " * 2**26),
+        ("Content-Type: application/json\r\nContent-Encoding: gzip", gzip.compress(b" " * 2**26, 1)),
+    ],
+)
+async def test_a_huge_answer_is_not_read(let: Callable[..., McpSessions], head: str, body: bytes) -> None:
+    """However it is named, and also when it is packed: a server cannot fill the memory."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 200 OK\r\n{head}\r\n\r\n".encode())
+        with contextlib.suppress(ConnectionError):
+            for at in range(0, len(body), 65536):
+                writer.write(body[at : at + 65536])
+                await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+        sessions = let(example=example(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/mcp"))
+        tracemalloc.start()
+        try:
+            with pytest.raises(OutboundFailed):
+                await sessions.list_tools("default", SERVER)
+            assert tracemalloc.get_traced_memory()[1] < 2**25
+        finally:
+            tracemalloc.stop()
+
+
+async def test_what_is_listed_while_it_is_forgotten(let: Callable[..., McpSessions], monkeypatch: pytest.MonkeyPatch):
+    """A list that is just being asked for when many others push it out disturbs none that comes later."""
+    monkeypatch.setattr("afterglow.mcp_servers.MAX_LISTS", 1)
+    monkeypatch.setattr("afterglow.mcp_servers.LISTED_S", -1)
+    sessions, waiting = let(), asyncio.Event()
+
+    async def list_slowly(project: str, server: McpServer) -> mcp_servers._Listed:
+        if server.label == "slow":
+            await waiting.wait()
+        return mcp_servers._Listed(-1.0, [], "")
+
+    monkeypatch.setattr(sessions, "_list", list_slowly)
+    waiting.set()
+    await sessions.list_tools("default", McpServer("slow"))
+    waiting.clear()
+    slow = asyncio.create_task(sessions.list_tools("default", McpServer("slow")))
+    await asyncio.sleep(0)
+    await sessions.list_tools("default", McpServer("second"))
+    waiting.set()
+    await slow
+    for label in ("third", "fourth"):
+        await sessions.list_tools("default", McpServer(label))
 
 
 @pytest.mark.slow
