@@ -329,6 +329,7 @@ class _Search:
         self._high = high
         self._descending = descending
         self._blocks: list[int] | None = None
+        self._of_thread: set[int] | None = None  # the numbers of its messages, where one thread is searched
         self._at_once = 1  # blocks that are looked into together
         self._numbers: list[int] = []
 
@@ -356,7 +357,18 @@ class _Search:
             self._wanted.since,
             self._wanted.until,
         )
-        return [block for (block,) in rows]
+        blocks = [block for (block,) in rows]
+        if self._wanted.thread_id is None:
+            return blocks
+        # Found first: a word that everybody uses would be looked up in all other threads, message by message.
+        found = await self._tx.fetch(
+            f"SELECT number FROM indexed_messages WHERE project_id = $1 AND message_id IN ({_OF_A_THREAD})",
+            self._project,
+            self._wanted.thread_id,
+        )
+        self._of_thread = {number for (number,) in found}
+        having = {number // BLOCK for number in self._of_thread}
+        return [block for block in blocks if block in having]
 
     async def _look_into_blocks(self, blocks: Sequence[int]) -> None:
         places = await _read_words(self._tx, self._project, blocks, self._wanted.words)
@@ -365,7 +377,10 @@ class _Search:
             if packed[0]:
                 common = set(array("H", packed[0])).intersection(*(array("H", one) for one in packed[1:]))
                 numbers = sorted((block * BLOCK + place for place in common), reverse=self._descending)
-                self._numbers += [number for number in numbers if self._low <= number < self._high]
+                self._numbers += [number for number in numbers if self._is_wanted(number)]
+
+    def _is_wanted(self, number: int) -> bool:
+        return self._low <= number < self._high and (self._of_thread is None or number in self._of_thread)
 
     async def read(self, columns: str, numbers: Sequence[int]) -> list[tuple[Any, ...]]:
         """Columns of those of the messages that still are there, and are wanted, in the order of `numbers`."""
@@ -381,13 +396,9 @@ class _Search:
         ids: dict[int, str] = dict(found)
         padded_ids = repeated(list(ids.values()))
         values: list[SqlValue] = [self._project, self._wanted.since, self._wanted.until, *padded_ids]
-        in_thread = ""
-        if self._wanted.thread_id is not None:
-            values.append(self._wanted.thread_id)
-            in_thread = f" AND thread_id = ${len(values)}"
         rows = await self._tx.fetch(
             f"SELECT id, {columns} FROM messages WHERE project_id = $1 AND id IN ({_places(4, padded_ids)})"
-            f" AND created_at >= $2 AND created_at < $3 AND left_behind < 2{in_thread}",
+            " AND created_at >= $2 AND created_at < $3 AND left_behind < 2",
             *values,
         )
         by_id = {message_id: tuple(rest) for message_id, *rest in rows}

@@ -138,6 +138,22 @@ async def test_a_page_reads_no_more_than_it_needs(store: Store, monkeypatch: pyt
         await say(store, number, "amber")
     while await index_some(store):
         pass
+    assert await count_statements(store, 20, Wanted(["amber"])) <= 7
+
+
+async def test_one_thread_is_searched_alone(store: Store, monkeypatch: pytest.MonkeyPatch):
+    """What other threads say costs a search of one thread nothing, however common the word is."""
+    monkeypatch.setattr(message_words, "BLOCK", 32)
+    for number in range(300):
+        await say(store, number, "amber", "thread_1" if number in (3, 150, 151) else "thread_0")
+    while await index_some(store):
+        pass
+    assert await count_statements(store, 3, Wanted(["amber"], thread_id="thread_1")) <= 8
+    assert await count_statements(store, 0, Wanted(["amber"], thread_id="thread_none")) <= 2
+
+
+async def count_statements(store: Store, finds: int, wanted: Wanted) -> int:
+    """Of a search that finds so many."""
     statements: list[str] = []
 
     async def work(tx: Any) -> list[str]:
@@ -147,10 +163,8 @@ async def test_a_page_reads_no_more_than_it_needs(store: Store, monkeypatch: pyt
                 return await tx.fetch(sql, *values)
 
         watched: Any = Watched()
-        found = await message_words.find_messages(
-            watched, P, Wanted(["amber"]), limit=20, order="desc", after=None, before=None
-        )
+        found = await message_words.find_messages(watched, P, wanted, limit=20, order="desc", after=None, before=None)
         return found.ids
 
-    assert len(await store.read(work)) == 20
-    assert len(statements) <= 7
+    assert len(await store.read(work)) == finds
+    return len(statements)
