@@ -22,8 +22,8 @@ serve: .venv/.serve ## the server, at http://127.0.0.1:8000/v1
 test: .venv/.dev .venv/.sandbox ## the tests to run before every commit (under two minutes)
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
-test-all: .venv/.dev .venv/.sandbox ## all tests, with the slow kinds; those of the API on Postgres, too
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+test-all: test ## all tests, with the slow kinds; those of the API on Postgres, too
+	$(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --database postgres tests/api
 
 SEEDS ?= 1-5

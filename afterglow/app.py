@@ -189,7 +189,8 @@ CLUSTER_FLUSH_MS = 20  # others read streamed text from the database
 CODE_ELSEWHERE = ("Code is run by the workers.", "")
 CODE_OFF = ("The setting code_interpreter is off.", "Set it to `auto`.")
 CORS_EXPOSED = [  # what SDKs and apps read
-    *("x-request-id", "openai-poll-after-ms", "openai-processing-ms", "openai-version", "idempotent-replayed"),
+    *("x-request-id", "openai-poll-after-ms", "openai-processing-ms", "openai-version", "openai-organization"),
+    *("idempotent-replayed", "preference-applied"),
     *("retry-after", "retry-after-ms", "x-should-retry", "content-disposition", "content-range"),
     *(f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset")),
 ]
@@ -470,8 +471,9 @@ def _routes() -> list[BaseRoute]:
             Route(prefix + path, once(act) if method == "POST" else act, methods=[method])
             for method, path, act in ROUTES
         ]
+    # Azure names the model in the path; below it is what is passed on anyway, and nothing else of the upstream's.
+    for prefix in (*PREFIXES, models_api.DEPLOYMENTS + "{deployment}"):
         routes += [Route(prefix + path, models_api.forward, methods=FORWARDED_METHODS) for path in models_api.FORWARDED]
-    routes.append(Route("/openai/deployments/{deployment}/{rest:path}", models_api.forward, methods=FORWARDED_METHODS))
     return routes
 
 

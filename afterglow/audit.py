@@ -9,11 +9,14 @@ import logging
 import os
 import pwd
 import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from afterglow.contracts import Store, Transaction
 from afterglow.objects import AuditLog, Json
 from afterglow.rows.audit import Actor, insert_act
 
+T = TypeVar("T")
 log = logging.getLogger("afterglow.audit")
 COMMAND_LINE = "afterglow command line"
 
@@ -32,6 +35,16 @@ def tell(act: AuditLog, actor: Actor) -> None:
     about = act.project["id"] or ""
     fields = {"audit_id": act.id, "act": act.type, "project": about, "actor": actor.id, "ip_address": actor.ip_address}
     log.info("%s in project %s by %s.", act.type, about or "–", actor.id, extra={"fields": fields})
+
+
+async def carry_out(
+    store: Store, actor: Actor, work: Callable[[Transaction], Awaitable[tuple[T, AuditLog | None]]]
+) -> T:
+    """Do what `work` does and notes in one transaction; None: there was nothing to do."""
+    done, act = await store.write(work)
+    if act is not None:
+        tell(act, actor)
+    return done
 
 
 async def note(store: Store, actor: Actor, type: str, project: str, details: Json) -> None:

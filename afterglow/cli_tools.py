@@ -8,6 +8,8 @@ from typing import Any
 
 from afterglow.cli_access import named_project
 from afterglow.commands import add_command, add_data_flags, with_store
+from afterglow.contracts import Transaction
+from afterglow.objects import AuditLog
 
 
 def add_tools_commands(commands: Any) -> None:
@@ -30,10 +32,17 @@ def _secret(options: argparse.Namespace) -> int:
 
 
 def _rotate(options: argparse.Namespace) -> int:
+    from afterglow.audit import carry_out, operator
+    from afterglow.rows.audit import insert_act
     from afterglow.rows.tool_calls import replace_tool_secret
     from afterglow.signing import new_secret
 
-    project, new, now = named_project(options), new_secret(), int(time.time())
-    with_store(options, lambda store: store.write(lambda tx: replace_tool_secret(tx, project, new, now)))
+    project, new, now, actor = named_project(options), new_secret(), time.time(), operator()
+
+    async def rotate(tx: Transaction) -> tuple[None, AuditLog]:
+        await replace_tool_secret(tx, project, new, int(now))
+        return None, await insert_act(tx, now, actor, "tool_secret.rotated", project, {"id": project})
+
+    with_store(options, lambda store: carry_out(store, actor, rotate))
     print(new)
     return 0

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from afterglow.cli_access import named_project
 from afterglow.commands import add_command, add_data_flags, with_store
-from afterglow.contracts import Transaction
+from afterglow.contracts import Store, Transaction
 from afterglow.objects import DeliveryStatus, WebhookDelivery
 
 
@@ -53,13 +53,14 @@ def _deliveries(options: argparse.Namespace) -> int:
 
 
 def _resend(options: argparse.Namespace) -> int:
-    from afterglow.webhooks import put_in_line
+    from afterglow.audit import operator
+    from afterglow.webhooks import resend
 
     project = named_project(options)
 
-    async def work(tx: Transaction) -> None:
-        await put_in_line(tx, project, options.endpoint_id, options.delivery_id, time.time())
+    async def act(store: Store) -> None:
+        await resend(store, time.time(), operator(), project, options.endpoint_id, options.delivery_id)
 
-    with_store(options, lambda store: store.write(work))
+    with_store(options, act)
     print(f"{options.delivery_id} is sent by the server: now if it is running, else when it starts.")
     return 0

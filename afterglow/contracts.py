@@ -171,7 +171,7 @@ class Events(Protocol):
         ...
 
     def take_unwritten(self, run_id: str) -> list[Segment]:
-        """Take over what `keep` has not handed to the database yet, so that the caller's transaction writes it."""
+        """Take over what of `keep` is not known to be in the database, so that the caller's transaction writes it."""
         ...
 
     def forget(self, run_id: str) -> None:

@@ -26,7 +26,8 @@ from afterglow.runs.past_prompt import Dropped, dropped_messages, estimated_part
 from afterglow.runs.prompt import Prompt, PromptRules, chat_request, chat_response_format, read_prompt, request_hash
 from afterglow.threads import insert_run_on_thread, insert_thread_and_run
 from afterglow.tools.code_interpreter import list_files_of
-from afterglow.tools.function import offer
+from afterglow.tools.function import offer, stored_form
+from afterglow.tools.mcp import ListedServers, list_mcp_tools
 
 SHOWN = 100  # messages that were dropped
 
@@ -95,13 +96,15 @@ async def _try(
     body: CreateRun | CreateThreadAndRun,
     insert: Callable[[Transaction], Awaitable[Happened]],
 ) -> DryRun:
-    info = await house.models.info(await _model(house, project, body))
+    model, tools = await _model_and_tools(house, project, body)
+    info = await house.models.info(model)
+    listed = await list_mcp_tools(house, project, tools)
 
     async def work(tx: Transaction) -> None:
         run = (await insert(tx)).run
         row = await run_rows.get_run(tx, project, run.thread_id, run.id)
         assert row is not None
-        raise _Done(await _look(tx, house, row, info))
+        raise _Done(await _look(tx, house, row, info, listed))
 
     try:
         await house.store.write(work)
@@ -110,21 +113,21 @@ async def _try(
     raise AssertionError("a dry run was written")
 
 
-async def _model(house: House, project: str, body: CreateRun | CreateThreadAndRun) -> str:
-    """What is known of a model must be asked outside a transaction; an assistant that is missing is told later."""
-    if body.model:
-        return body.model
+async def _model_and_tools(house: House, project: str, body: CreateRun | CreateThreadAndRun) -> tuple[str, list[Json]]:
+    """What is known of a model, and what MCP servers have, must be asked outside a transaction; an assistant that is
+    missing is told later."""
 
-    async def look(tx: Transaction) -> str:
-        assistant = await get_assistant(tx, project, body.assistant_id)
-        return assistant.assistant.model if assistant else ""
+    async def look(tx: Transaction) -> tuple[str, list[Json]]:
+        row = await get_assistant(tx, project, body.assistant_id)
+        return (row.assistant.model, row.assistant.tools) if row else ("", [])
 
-    return await house.store.read(look)
+    model, tools = await house.store.read(look)
+    return body.model or model, tools if body.tools is None else [stored_form(tool) for tool in body.tools]
 
 
-async def _look(tx: Transaction, house: House, row: RunRow, info: ModelInfo) -> DryRun:
-    offered = offer([] if info.tools is False else row.run.tools)
-    instructions = row.run.instructions
+async def _look(tx: Transaction, house: House, row: RunRow, info: ModelInfo, listed: ListedServers) -> DryRun:
+    offered = offer([]) if info.tools is False else offer(row.run.tools, listed.tools)
+    instructions = "\n\n".join(filter(None, [row.run.instructions, listed.paragraph()]))
     if "code_interpreter" in offered.names:
         listing = await list_files_of(tx, house, row)
         instructions = "\n\n".join(filter(None, [instructions, listing.paragraph()]))

@@ -3,14 +3,13 @@ transaction."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET
 
 from afterglow.access import DEFAULT_PROJECT, new_key
-from afterglow.audit import tell
+from afterglow.audit import carry_out
 from afterglow.contracts import Store, Transaction
 from afterglow.errors import InvalidRequest, NotFound
 from afterglow.ids import new_id
@@ -30,8 +29,7 @@ from afterglow.rows.audit import Actor, insert_act
 from afterglow.rows.keys import KeyRow, in_order
 from afterglow.rows.projects import ProjectRow
 from afterglow.rows.quotas import forget_key
-
-T = TypeVar("T")
+from afterglow.rows.requests import Asked, insert_request
 
 
 class NewKey(NamedTuple):
@@ -41,28 +39,25 @@ class NewKey(NamedTuple):
     row: KeyRow
 
 
-async def _act(store: Store, actor: Actor, work: Callable[[Transaction], Awaitable[tuple[T, AuditLog | None]]]) -> T:
-    """Do what is noted in the audit log; None: there was nothing to do."""
-    done, act = await store.write(work)
-    if act is not None:
-        tell(act, actor)
-    return done
-
-
 # --- projects --------------------------------------------------------------------------------------------------
 
 
-async def create_project(store: Store, now: float, actor: Actor, body: CreateProject) -> ProjectRow:
+async def create_project(
+    store: Store, now: float, actor: Actor, body: CreateProject, asked: Asked | None = None
+) -> ProjectRow:
+    """asked: by which request, if by one."""
     row = ProjectRow(new_id("proj"), body.name, int(now), None, body.settings)
 
     async def work(tx: Transaction) -> tuple[ProjectRow, AuditLog]:
         await project_rows.insert_project(tx, row)
+        if asked is not None:
+            await insert_request(tx, *asked, row.id, int(now))
         details: Json = {"id": row.id, "data": {"name": row.name, "title": row.name}}
         if row.settings != ProjectSettings():
             details["data"]["settings"] = msgspec.to_builtins(row.settings)
         return row, await insert_act(tx, now, actor, "project.created", row.id, details)
 
-    return await _act(store, actor, work)
+    return await carry_out(store, actor, work)
 
 
 async def name_project(store: Store, now: float, actor: Actor, project: str) -> None:
@@ -75,7 +70,7 @@ async def name_project(store: Store, now: float, actor: Actor, project: str) -> 
         details: Json = {"id": project, "data": {"name": project, "title": project}}
         return None, await insert_act(tx, now, actor, "project.created", project, details)
 
-    await _act(store, actor, work)
+    await carry_out(store, actor, work)
 
 
 async def modify_project(store: Store, now: float, actor: Actor, project: str, body: ModifyProject) -> ProjectRow:
@@ -95,7 +90,7 @@ async def modify_project(store: Store, now: float, actor: Actor, project: str, b
         details: Json = {"id": project, "changes_requested": asked}
         return row, await insert_act(tx, now, actor, "project.updated", project, details)
 
-    return await _act(store, actor, work)
+    return await carry_out(store, actor, work)
 
 
 async def archive_project(store: Store, now: float, actor: Actor, project: str) -> ProjectRow:
@@ -111,7 +106,7 @@ async def archive_project(store: Store, now: float, actor: Actor, project: str) 
         await project_rows.update_project(tx, row)
         return row, await insert_act(tx, now, actor, "project.archived", project, {"id": project})
 
-    return await _act(store, actor, work)
+    return await carry_out(store, actor, work)
 
 
 async def existing_project(tx: Transaction, project: str) -> ProjectRow:
@@ -125,8 +120,11 @@ async def existing_project(tx: Transaction, project: str) -> ProjectRow:
 # --- keys ------------------------------------------------------------------------------------------------------
 
 
-async def create_key(store: Store, now: float, actor: Actor, project: str, body: CreateApiKey) -> NewKey:
-    """Make a key of a project that is there. Raises NotFound; InvalidRequest once it is archived."""
+async def create_key(
+    store: Store, now: float, actor: Actor, project: str, body: CreateApiKey, asked: Asked | None = None
+) -> NewKey:
+    """Make a key of a project that is there. asked: by which request, if by one. Raises NotFound; InvalidRequest once
+    the project is archived."""
     expires_at = None if body.expires_in_seconds is None else int(now) + body.expires_in_seconds
     scopes: frozenset[KeyScope] = frozenset(body.scopes)
     secret, row, key_hash = new_key(project, body.name, int(now), scopes, expires_at, body.limits)
@@ -135,12 +133,27 @@ async def create_key(store: Store, now: float, actor: Actor, project: str, body:
         if (await existing_project(tx, project)).archived_at is not None:
             raise InvalidRequest(f"The project '{project}' is archived; its keys would be refused.")
         await key_rows.insert_key(tx, project, row, key_hash)
+        if asked is not None:
+            await insert_request(tx, *asked, row.id, int(now))
         details: Json = {"id": row.id, "data": {"scopes": in_order(scopes), "name": row.name}}
         if expires_at is not None:
             details["data"]["expires_at"] = expires_at
         return NewKey(secret, row), await insert_act(tx, now, actor, "api_key.created", project, details, row.id)
 
-    return await _act(store, actor, work)
+    return await carry_out(store, actor, work)
+
+
+async def renew_key(store: Store, now: float, actor: Actor, project: str, key_id: str) -> NewKey:
+    """Give a key another secret, where nobody has seen the one it has. Raises NotFound."""
+    secret, new, key_hash = new_key(project, "", int(now))
+
+    async def work(tx: Transaction) -> tuple[NewKey, AuditLog]:
+        row = (await existing_key(tx, project, key_id))._replace(hint=new.hint)
+        await key_rows.replace_secret(tx, row, key_hash)
+        details: Json = {"id": key_id, "changes_requested": {"secret": "renewed"}}
+        return NewKey(secret, row), await insert_act(tx, now, actor, "api_key.updated", project, details, key_id)
+
+    return await carry_out(store, actor, work)
 
 
 async def modify_key(store: Store, now: float, actor: Actor, project: str, key_id: str, body: ModifyApiKey) -> KeyRow:
@@ -161,7 +174,7 @@ async def modify_key(store: Store, now: float, actor: Actor, project: str, key_i
         details: Json = {"id": key_id, "changes_requested": msgspec.to_builtins(body)}
         return row, await insert_act(tx, now, actor, "api_key.updated", project, details, key_id)
 
-    return await _act(store, actor, work)
+    return await carry_out(store, actor, work)
 
 
 async def revoke_key(store: Store, now: float, actor: Actor, project: str, key_id: str) -> None:
@@ -173,7 +186,7 @@ async def revoke_key(store: Store, now: float, actor: Actor, project: str, key_i
         await forget_key(tx, key_id)
         return None, await insert_act(tx, now, actor, "api_key.deleted", project, {"id": key_id}, key_id)
 
-    await _act(store, actor, work)
+    await carry_out(store, actor, work)
 
 
 async def existing_key(tx: Transaction, project: str, key_id: str) -> KeyRow:

@@ -185,8 +185,8 @@ async def insert_run_on_thread(
 ) -> Happened:
     """What is written of a run on a thread that is known to be free."""
     await check_active_runs(tx, house, project, query.key_id)
-    now = int(house.clock.now())
-    await insert_messages(tx, house, project, thread_id, body.additional_messages or [], now)
+    if body.additional_messages:
+        await insert_messages(tx, house, project, thread_id, body.additional_messages, int(house.clock.now()))
     return await insert_run(tx, house, project, thread_id, body, query)
 
 

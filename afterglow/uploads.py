@@ -20,7 +20,7 @@ from afterglow.objects import CompleteUpload, Upload, UploadPart
 from afterglow.quotas import check_storage
 from afterglow.rows import uploads as upload_rows
 from afterglow.rows.files import LooseBlob, insert_loose_blob
-from afterglow.rows.requests import Origin, insert_request
+from afterglow.rows.requests import Origin, give_answers, insert_request
 from afterglow.rows.uploads import Part, UploadRow
 
 LIFE_S = 3600
@@ -66,7 +66,13 @@ async def create_part(
 ) -> UploadPart:
     """Store a part. finish: called after the last of `chunks`. Raises NotFound, and InvalidRequest once it is over."""
     part = UploadPart(id=new_id("part"), created_at=int(house.clock.now()), upload_id=upload_id)
-    await house.store.read(lambda tx: _pending(tx, house, project, upload_id, "add parts to"))
+    try:
+        await house.store.read(lambda tx: _pending(tx, house, project, upload_id, "add parts to"))
+    except InvalidRequest:  # unless it is there already, and this asks for it again
+        async for _ in chunks:
+            pass
+        await finish()
+        raise
     async with storing(house, project, part.id, chunks) as stored:
         origin = await finish()
 
@@ -116,6 +122,7 @@ async def _put_together(house: House, project: str, whole: _Whole, md5: str, ori
             loose = await _close(tx, house, project, upload, "completed")  # first: its parts count no more
             upload.file = await insert_file(tx, house, stored, NewFile(upload.filename, upload.purpose, life_s), origin)
             await upload_rows.update_upload(tx, project, upload)
+            await give_answers(tx, project, upload.id, upload.file.id)
             return loose
 
         loose = await house.store.write(work)
@@ -144,11 +151,12 @@ async def _bytes_of(house: House, parts: Sequence[Part], hashed: Any) -> AsyncGe
                 yield chunk
 
 
-async def cancel_upload(house: House, project: str, upload_id: str) -> Upload:
+async def cancel_upload(house: House, project: str, upload_id: str, origin: Origin) -> Upload:
     """Nothing more can be added, and its parts are deleted."""
 
     async def work(tx: Transaction) -> tuple[Upload, list[LooseBlob]]:
         upload = (await _pending(tx, house, project, upload_id, "cancel")).upload
+        await insert_request(tx, project, origin, upload_id, int(house.clock.now()))
         return upload, await _close(tx, house, project, upload, "cancelled")
 
     upload, loose = await house.store.write(work)

@@ -6,18 +6,21 @@ An event is recorded in the transaction that makes it true: one row for each end
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from afterglow.addresses import NotAllowed, target_of
-from afterglow.contracts import House, Transaction
+from afterglow.audit import carry_out
+from afterglow.contracts import House, Store, Transaction
 from afterglow.errors import InvalidRequest, NotFound
 from afterglow.ids import new_id
 from afterglow.objects import (
     WEBHOOK_EVENT_TYPES,
+    AuditLog,
     CreateWebhookEndpoint,
     FileCounts,
     FileStatus,
@@ -33,6 +36,7 @@ from afterglow.objects import (
 )
 from afterglow.rows import vector_store_files as file_rows
 from afterglow.rows import webhooks as rows
+from afterglow.rows.audit import Actor, insert_act
 from afterglow.rows.requests import Origin, insert_request
 from afterglow.rows.webhooks import EndpointRow
 from afterglow.runs.states import TERMINAL
@@ -56,7 +60,7 @@ def no_delivery(delivery_id: str) -> NotFound:
 
 
 async def create_endpoint(
-    house: House, project: str, body: CreateWebhookEndpoint, origin: Origin
+    house: House, actor: Actor, project: str, body: CreateWebhookEndpoint, origin: Origin
 ) -> WebhookEndpointWithSecret:
     """Raises InvalidRequest for a URL that may not be asked, and for event types that there are not."""
     _check(house, body.url, body.event_types)
@@ -73,21 +77,25 @@ async def create_endpoint(
         metadata=body.metadata or {},
     )
 
-    async def work(tx: Transaction) -> None:
+    async def work(tx: Transaction) -> tuple[None, AuditLog]:
         if len(await rows.get_endpoints(tx, project)) >= MAX_ENDPOINTS:
             raise InvalidRequest(f"A project can have {MAX_ENDPOINTS} webhook endpoints.")
         await rows.insert_endpoint(tx, project, EndpointRow(endpoint, secret), round(now * 1_000_000))
         await insert_request(tx, project, origin, endpoint.id, int(now))
+        return None, await _noted(tx, now, actor, "created", project, endpoint.id, {"data": _open_part(body)})
 
-    await house.store.write(work)
+    await carry_out(house.store, actor, work)
     return _with_secret(endpoint, secret)
 
 
-async def modify_endpoint(house: House, project: str, endpoint_id: str, body: ModifyWebhookEndpoint) -> WebhookEndpoint:
+async def modify_endpoint(
+    house: House, actor: Actor, project: str, endpoint_id: str, body: ModifyWebhookEndpoint
+) -> WebhookEndpoint:
     """Change what `body` names. What is recorded already goes to the URL as it is when it is sent."""
     _check(house, body.url, body.event_types)
+    now = house.clock.now()
 
-    async def work(tx: Transaction) -> WebhookEndpoint:
+    async def work(tx: Transaction) -> tuple[WebhookEndpoint, AuditLog]:
         row = await _endpoint(tx, project, endpoint_id)
         endpoint = row.endpoint
         for name in ("url", "event_types", "name", "status"):
@@ -97,36 +105,72 @@ async def modify_endpoint(house: House, project: str, endpoint_id: str, body: Mo
             endpoint.metadata = body.metadata or {}
         if body.status is not UNSET:
             endpoint.disabled_reason = None
-        endpoint.updated_at = int(house.clock.now())
+        endpoint.updated_at = int(now)
         await rows.update_endpoint(tx, project, row)
-        return endpoint
+        asked = _open_part(body)
+        return endpoint, await _noted(tx, now, actor, "updated", project, endpoint_id, {"changes_requested": asked})
 
-    return await house.store.write(work)
+    return await carry_out(house.store, actor, work)
 
 
-async def rotate_secret(house: House, project: str, endpoint_id: str, keep_old_s: int) -> WebhookEndpointWithSecret:
+async def rotate_secret(
+    house: House, actor: Actor, project: str, endpoint_id: str, keep_old_s: int, origin: Origin
+) -> WebhookEndpointWithSecret:
     """keep_old_s: so long the secret until now signs beside the new one; 0: not at all."""
+    now = house.clock.now()
+
+    async def replace(tx: Transaction, row: EndpointRow, secret: str) -> EndpointRow:
+        await insert_request(tx, project, origin, endpoint_id, int(now))
+        kept = (row.secret, int(now) + keep_old_s) if keep_old_s else (None, None)
+        return EndpointRow(row.endpoint, secret, *kept)
+
+    return await _replace_secret(house, actor, project, endpoint_id, replace)
+
+
+async def renew_secret(house: House, actor: Actor, project: str, endpoint_id: str) -> WebhookEndpointWithSecret:
+    """In place of a secret that nobody has seen; the one before it signs as long as it would have."""
+
+    async def replace(tx: Transaction, row: EndpointRow, secret: str) -> EndpointRow:
+        return row._replace(secret=secret)
+
+    return await _replace_secret(house, actor, project, endpoint_id, replace)
+
+
+async def _replace_secret(
+    house: House,
+    actor: Actor,
+    project: str,
+    endpoint_id: str,
+    replace: Callable[[Transaction, EndpointRow, str], Awaitable[EndpointRow]],
+) -> WebhookEndpointWithSecret:
     now, secret = house.clock.now(), new_secret()
 
-    async def work(tx: Transaction) -> WebhookEndpoint:
-        endpoint, old, _, _ = await _endpoint(tx, project, endpoint_id)
-        endpoint.signing_secret_hint = _hint(secret)
-        endpoint.updated_at = int(now)
-        kept = (old, int(now) + keep_old_s) if keep_old_s else (None, None)
-        await rows.update_endpoint(tx, project, EndpointRow(endpoint, secret, *kept))
-        return endpoint
+    async def work(tx: Transaction) -> tuple[WebhookEndpoint, AuditLog]:
+        row = await replace(tx, await _endpoint(tx, project, endpoint_id), secret)
+        row.endpoint.signing_secret_hint = _hint(secret)
+        row.endpoint.updated_at = int(now)
+        await rows.update_endpoint(tx, project, row)
+        return row.endpoint, await _noted(tx, now, actor, "secret_rotated", project, endpoint_id, {})
 
-    return _with_secret(await house.store.write(work), secret)
+    return _with_secret(await carry_out(house.store, actor, work), secret)
 
 
-async def delete_endpoint(house: House, project: str, endpoint_id: str) -> None:
+async def delete_endpoint(house: House, actor: Actor, project: str, endpoint_id: str) -> None:
     """With its log; what waits to be sent is not sent any more."""
 
-    async def work(tx: Transaction) -> None:
+    async def work(tx: Transaction) -> tuple[None, AuditLog]:
         if not await rows.delete_endpoint(tx, project, endpoint_id):
             raise no_endpoint(endpoint_id)
+        return None, await _noted(tx, house.clock.now(), actor, "deleted", project, endpoint_id, {})
 
-    await house.store.write(work)
+    await carry_out(house.store, actor, work)
+
+
+async def _noted(
+    tx: Transaction, now: float, actor: Actor, done: str, project: str, endpoint_id: str, details: Json
+) -> AuditLog:
+    details = {"id": endpoint_id, **details}
+    return await insert_act(tx, now, actor, f"webhook_endpoint.{done}", project, details, endpoint_id)
 
 
 async def _endpoint(tx: Transaction, project: str, endpoint_id: str) -> EndpointRow:
@@ -134,6 +178,14 @@ async def _endpoint(tx: Transaction, project: str, endpoint_id: str) -> Endpoint
     if row is None:
         raise no_endpoint(endpoint_id)
     return row
+
+
+def _open_part(body: CreateWebhookEndpoint | ModifyWebhookEndpoint) -> Json:
+    """What of a body the audit log may keep: of the URL the host alone, for paths and queries hold secrets."""
+    given: Json = {name: getattr(body, name) for name in ("name", "event_types", "status")}
+    if body.url is not UNSET:
+        given["host"] = urlsplit(body.url).hostname
+    return {name: value for name, value in given.items() if value is not UNSET}
 
 
 def _with_secret(endpoint: WebhookEndpoint, secret: str) -> WebhookEndpointWithSecret:
@@ -295,20 +347,31 @@ async def list_newest(
     return [msgspec.json.decode(text, type=WebhookDelivery) for text in page.objects]
 
 
-async def resend(house: House, project: str, endpoint_id: str, delivery_id: str) -> WebhookDelivery:
-    """Send an event once more, now, with its own id; should that fail, the waits begin anew. As `put_in_line`."""
+async def resend(
+    store: Store,
+    now: float,
+    actor: Actor,
+    project: str,
+    endpoint_id: str,
+    delivery_id: str,
+    origin: Origin | None = None,
+) -> WebhookDelivery:
+    """Make an event due once more, with its own id; should that fail, the waits begin anew. Whoever sends it is to be
+    woken. Raises NotFound, and InvalidRequest when the endpoint is disabled or what the event told of was deleted."""
 
-    async def work(tx: Transaction) -> WebhookDelivery:
-        return await put_in_line(tx, project, endpoint_id, delivery_id, house.clock.now())
+    async def work(tx: Transaction) -> tuple[WebhookDelivery, AuditLog]:
+        delivery = await _put_in_line(tx, project, endpoint_id, delivery_id, now)
+        if origin is not None:
+            await insert_request(tx, project, origin, delivery_id, int(now))
+        details: Json = {"id": delivery_id, "data": {"webhook_endpoint_id": endpoint_id}}
+        return delivery, await insert_act(tx, now, actor, "webhook_delivery.resent", project, details, delivery_id)
 
-    delivery = await house.store.write(work)
-    house.webhook_queue.wake()
-    return delivery
+    return await carry_out(store, actor, work)
 
 
-async def put_in_line(tx: Transaction, project: str, endpoint_id: str, delivery_id: str, now: float) -> WebhookDelivery:
-    """Make a delivery due. Raises NotFound, and InvalidRequest when the endpoint is disabled or what the event told of
-    was deleted."""
+async def _put_in_line(
+    tx: Transaction, project: str, endpoint_id: str, delivery_id: str, now: float
+) -> WebhookDelivery:
     row = await _endpoint(tx, project, endpoint_id)
     delivery = await rows.get_delivery(tx, project, endpoint_id, delivery_id)
     if delivery is None:

@@ -185,6 +185,7 @@ async def running_server(
             lifespan="off",
             log_config=None,
             server_header=False,
+            proxy_headers=False,
         )
         config.load()
         uvicorn_server = _PromptServer(config)

@@ -14,6 +14,7 @@ from afterglow.api.attempts import Attempt
 from afterglow.api.pages import list_body, read_page
 from afterglow.contracts import House, Transaction, Work
 from afterglow.errors import NotFound
+from afterglow.rows.audit import Actor
 from afterglow.rows.lists import ListPage, UnknownCursor
 from afterglow.rows.requests import Origin
 
@@ -28,6 +29,11 @@ def house_of(request: Request) -> House:
 def project_of(request: Request) -> str:
     project: str = request.state.project
     return project
+
+
+def actor_of(request: Request) -> Actor:
+    """Who acts, for the audit log."""
+    return Actor("api_key", request.state.key_id, request.state.client_ip, request.headers.get("user-agent", ""))
 
 
 def reply(answer: Any, headers: dict[str, str] | None = None) -> Response:

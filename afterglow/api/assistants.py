@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,8 +27,8 @@ async def create_assistant(request: Request) -> Response:
 async def list_assistants(request: Request) -> Response:
     """GET /assistants"""
 
-    async def page(tx: Transaction, **cursor: object) -> ListPage:
-        return await assistant_rows.list_assistants(tx, project_of(request), **cursor)  # type: ignore[arg-type]
+    async def page(tx: Transaction, **cursor: Any) -> ListPage:
+        return await assistant_rows.list_assistants(tx, project_of(request), **cursor)
 
     return await reply_list(request, "assistant", page)
 

@@ -1,9 +1,8 @@
-"""Ledgers and prompts of runs, dry runs, and /v1/costs. Extensions of ours; see docs/costs.md"""
+"""Ledgers and prompts of runs, and /v1/costs. Extensions of ours; see docs/costs.md"""
 
 from __future__ import annotations
 
 import math
-import re
 
 import msgspec
 from starlette.requests import Request
@@ -12,18 +11,15 @@ from starlette.responses import Response, StreamingResponse
 from afterglow import bills
 from afterglow.api import faults
 from afterglow.api.answers import house_of, project_of, reply
-from afterglow.api.pages import INTEGER, query_value, read_page
+from afterglow.api.pages import query_choice, query_integer, query_value, read_page
 from afterglow.errors import InvalidRequest
 from afterglow.rows.spend import DAY_S, GROUPS, METADATA, Bill
 
 MAX_RESULTS = 1000
 DEFAULT_RESULTS = 100
 LATEST = 253_402_300_799  # the end of the year 9999
-MAX_TOKENS = 2**53
-DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,9})?")
 WIDTHS = ("1d", "all")
 FORMATS = ("json", "csv")
-SWITCH = {"true": True, "false": False, "1": True, "0": False}
 
 
 # --- ledgers and prompts ---------------------------------------------------------------------------------------
@@ -54,39 +50,6 @@ def _run_of(request: Request) -> tuple[str, str]:
     return request.path_params["thread_id"], request.path_params["run_id"]
 
 
-# --- what creating a run takes ---------------------------------------------------------------------------------
-
-
-def read_limits(request: Request) -> tuple[int | None, float | None]:
-    """`max_total_tokens` and `max_cost` of a run. Raises InvalidRequest."""
-    return _whole(request, "max_total_tokens", MAX_TOKENS), _money(request, "max_cost")
-
-
-def is_dry_run(request: Request) -> bool:
-    """Whether `dry_run` asks for nothing to be done. Raises InvalidRequest."""
-    text = query_value(request, "dry_run")
-    if text is not None and text not in SWITCH:
-        raise faults.unsupported_value("dry_run", text, list(SWITCH))
-    return text is not None and SWITCH[text]
-
-
-def _whole(request: Request, name: str, most: int) -> int | None:
-    text = query_value(request, name)
-    if text is None:
-        return None
-    if not INTEGER.fullmatch(text):
-        raise faults.wrong_type(name, "an integer", text)
-    faults.check_range(int(text), 0, most, name)
-    return int(text)
-
-
-def _money(request: Request, name: str) -> float | None:
-    text = query_value(request, name)
-    if text is not None and not DECIMAL.fullmatch(text):
-        raise faults.wrong_type(name, "a decimal number", text)
-    return None if text is None else float(text)
-
-
 # --- costs -----------------------------------------------------------------------------------------------------
 
 
@@ -102,13 +65,11 @@ async def retrieve_organization_costs(request: Request) -> Response:
 
 def _bill(request: Request, project: str | None, *, by_day: bool = False) -> Bill:
     groups = _groups(request)
-    width = query_value(request, "bucket_width")
-    if width is not None and width not in WIDTHS:
-        raise faults.unsupported_value("bucket_width", width, WIDTHS)
+    width = query_choice(request, "bucket_width", WIDTHS)
     if (width == "1d" or (width is None and by_day)) and "day" not in groups:
         groups.insert(0, "day")
-    start = _whole(request, "start_time", LATEST) or 0
-    end = _whole(request, "end_time", LATEST)
+    start = query_integer(request, "start_time", 0, LATEST) or 0
+    end = query_integer(request, "end_time", 0, LATEST)
     now = int(house_of(request).clock.now())
     last = math.ceil((now + 1 if end is None else end) / DAY_S)
     return Bill(project, groups, start // DAY_S, last)
@@ -131,16 +92,12 @@ def _groups(request: Request) -> list[str]:
 
 
 async def _costs(request: Request, bill: Bill) -> Response:
-    format = query_value(request, "format")
-    if format is not None and format not in FORMATS:
-        raise faults.unsupported_value("format", format, FORMATS)
-    limit = _whole(request, "limit", MAX_RESULTS)
-    faults.check_range(DEFAULT_RESULTS if limit is None else limit, 1, MAX_RESULTS, "limit")
+    format = query_choice(request, "format", FORMATS)
+    limit = query_integer(request, "limit", 1, MAX_RESULTS) or DEFAULT_RESULTS
     house = house_of(request)
     if format == "csv" or (format is None and "text/csv" in request.headers.get("accept", "")):
         headers = {"content-disposition": 'attachment; filename="costs.csv"'}
         return StreamingResponse(bills.bill_as_csv(house, bill), media_type="text/csv", headers=headers)
-    limit = limit or DEFAULT_RESULTS
     lines = await bills.read_bill(house, bill, _cursor(request, bill), limit + 1)
     shown = lines[:limit]
     more = len(lines) > limit

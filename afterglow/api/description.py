@@ -31,7 +31,7 @@ from afterglow.api import (
     webhooks,
 )
 from afterglow.api.edge import OPEN_PATHS
-from afterglow.api.pages import MAX_LIMIT, ORDERS, Page
+from afterglow.api.pages import FLAGS, MAX_LIMIT, ORDERS, Page
 from afterglow.bills import CostsPage
 from afterglow.dry_run import DryRun
 from afterglow.inspection import Citation, SearchExplanation, VectorStoreChunk
@@ -331,14 +331,14 @@ QUERY: dict[str, Json] = {
         "description": "Seconds that each function call waits for its output; then the model is told, and goes on.",
     },
     "max_total_tokens": {
-        "schema": {"type": "integer", "minimum": 0, "maximum": bills.MAX_TOKENS},
+        "schema": {"type": "integer", "minimum": 0, "maximum": runs.MAX_TOKENS},
         "description": "Tokens that the run may take, prompts and answers together.",
     },
     "max_cost": {
         "schema": {"type": "number", "minimum": 0},
         "description": "Money that the run may cost, in the operator's currency.",
     },
-    "dry_run": {"schema": {"enum": list(bills.SWITCH)}, "description": "Tell what would be done, and do nothing."},
+    "dry_run": {"schema": {"enum": list(FLAGS)}, "description": "Tell what would be done, and do nothing."},
     "group_by": {
         "schema": {"type": "array", "items": TEXT},
         "description": f"{', '.join(GROUPS)} or `{METADATA}KEY`.",
@@ -352,7 +352,7 @@ QUERY: dict[str, Json] = {
     },
     "page": {"schema": TEXT, "description": "The `next_page` of an earlier answer."},
     "format": {"schema": {"enum": list(bills.FORMATS), "default": bills.FORMATS[0]}},
-    "include_archived": {"schema": {"type": "boolean", "default": False}},
+    "include_archived": {"schema": {"enum": list(FLAGS), "default": "false"}},
     **{f"effective_at[{name}]": {"schema": {"type": "integer", "minimum": 0}} for name in COMPARISONS},
     **{
         f"{name}[]": {"schema": {"type": "array", "items": TEXT, "maxItems": organization.MAX_VALUES}}
@@ -507,7 +507,9 @@ def _allow_vendor_keys(body: Json) -> None:
 def _complete_answer(answer: Json, echoed: Json) -> None:
     """What we send has every key, and `object` names what it is."""
     properties = answer["properties"]
-    properties |= {name: echoed[name] for name in properties.keys() & echoed.keys()}
+    for name in properties.keys() & echoed.keys():
+        if properties[name].get("type") != "integer":  # which counts the tokens of what was sent
+            properties[name] = echoed[name]
     if kind := properties.get("object", {}).get("default"):
         properties["object"] = {"const": kind}
     answer["required"] = list(properties)

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from afterglow.api import faults
 from afterglow.api.answers import project_of, reply_list
-from afterglow.api.pages import INTEGER, query_choice, query_value
+from afterglow.api.pages import query_choice, query_integer, query_value
 from afterglow.contracts import Transaction
 from afterglow.objects import RunStatus
 from afterglow.rows import message_words as word_rows
@@ -108,14 +108,10 @@ def read_created(request: Request) -> Created:
     InvalidRequest."""
     bounds = [0, LATEST]
     for sign, (which, more) in CREATED_AT.items():
-        name = f"created_at[{sign}]"
-        text = query_value(request, name)
-        if text is None:
-            continue
-        if not INTEGER.fullmatch(text):
-            raise faults.wrong_type(name, "an integer", text)
-        bound = max(0, min(int(text) + more, LATEST))
-        bounds[which] = max(bounds[0], bound) if which == 0 else min(bounds[1], bound)
+        asked = query_integer(request, f"created_at[{sign}]")
+        if asked is not None:
+            bound = max(0, min(asked + more, LATEST))
+            bounds[which] = max(bounds[0], bound) if which == 0 else min(bounds[1], bound)
     return Created(*bounds)
 
 

@@ -16,15 +16,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive
 
-from afterglow.api import faults
 from afterglow.api.answers import house_of, reply
-from afterglow.api.pages import query_value
+from afterglow.api.pages import query_choice, query_decimal
 from afterglow.contracts import DELETED, Watch
 
-SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,20})?")
 PREFERRED = re.compile(r"(?:^|[,;])\s*wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?=$|[,;])", re.IGNORECASE)
 # How long a client waits for an answer. The oldest Python releases do not say, nor do newer ones of openai-node when it
-# was set for the whole client; a poll of theirs is held for less than people set.
+# was set for the whole client; a poll of theirs, or of one that says what cannot be read, is held for less than people
+# set.
 TIMEOUT_HEADERS = ("x-stainless-read-timeout", "x-stainless-timeout")
 UNTOLD_HOLD_S = 8.0
 AGAIN_MS = 5  # after a poll that was held: the next one is held as well
@@ -57,44 +57,28 @@ def read_wait(request: Request, statuses: Sequence[str]) -> Wait:
     """
     settings, headers = house_of(request).settings, request.headers
     preferred = PREFERRED.search(",".join(headers.getlist("prefer")))
-    known = None
+    patience_s = [float(text) / 2 for name in TIMEOUT_HEADERS if SECONDS.fullmatch(text := headers.get(name, ""))]
     if "wait" in request.query_params:
         preferred = None
-        seconds = min(_seconds(query_value(request, "wait"), settings.poll_hold_s), settings.poll_hold_max_s)
+        asked = query_decimal(request, "wait")
+        seconds = min(settings.poll_hold_s if asked is None else asked, settings.poll_hold_max_s)
     elif preferred:
         seconds = min(float(preferred[1]), settings.poll_hold_max_s)
     elif headers.get("x-stainless-poll-helper", "").lower() == "true" and not _tried_before(headers):
-        seconds = settings.poll_hold_s
-        if not any(name in headers for name in TIMEOUT_HEADERS):
-            seconds = min(seconds, UNTOLD_HOLD_S)
+        seconds = settings.poll_hold_s if patience_s else min(settings.poll_hold_s, UNTOLD_HOLD_S)
     else:
         return Wait(0)
-    if (known := query_value(request, "status")) is not None and known not in statuses:
-        raise faults.unsupported_value("status", known, statuses)
-    seconds = min(seconds, *(_patience_s(headers, name) for name in TIMEOUT_HEADERS))
+    known = query_choice(request, "status", statuses)
+    seconds = min([seconds, *patience_s])
     held = seconds > 0
     if request.app.draining:  # the run may end in what is left, but whoever asks is to go elsewhere soon
         seconds, held = min(seconds, settings.poll_after_ms / 1000), False
     return Wait(seconds, known, int(seconds) if preferred else None, held)
 
 
-def _seconds(text: str | None, default: float) -> float:
-    if text is None:
-        return default
-    if not SECONDS.fullmatch(text):
-        raise faults.wrong_type("wait", "a number of seconds", text)
-    return float(text)
-
-
 def _tried_before(headers: Mapping[str, str]) -> bool:
     """Whether the poll before this one was cut off: by something in between, perhaps, that has less patience."""
     return headers.get("x-stainless-retry-count", "0") != "0"
-
-
-def _patience_s(headers: Mapping[str, str], name: str) -> float:
-    """Half of what the client says that it waits for an answer."""
-    text = headers.get(name, "")
-    return float(text) / 2 if SECONDS.fullmatch(text) else float("inf")
 
 
 async def held(
@@ -143,7 +127,7 @@ async def _wait(
 
 @asynccontextmanager
 async def while_connected(receive: Receive) -> AsyncIterator[None]:
-    """Ends what is done inside when the client leaves, with ClientDisconnect."""
+    """Ends what is done inside when the client leaves, with ClientDisconnect, or sends too much, with BodyTooLarge."""
     task = asyncio.current_task()
     assert task is not None
     gone = asyncio.ensure_future(_disconnected(receive))
@@ -153,7 +137,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         yield
     except asyncio.CancelledError:
         if gone.done() and not task.uncancel():
-            raise ClientDisconnect from None
+            raise gone.exception() or ClientDisconnect from None
         raise
     finally:
         inside = False

@@ -16,9 +16,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from afterglow.api import assistants, files, threads, vector_stores
+from afterglow.api import assistants, files, organization, threads, vector_stores, webhooks
 from afterglow.api.answers import JSON, house_of, origin_of, project_of, reply, retry_headers
 from afterglow.api.attempts import Repeated
+from afterglow.api.bills import is_dry_run
 from afterglow.api.sse import EventStream
 from afterglow.contracts import Transaction
 from afterglow.errors import InvalidRequest, NotFound, StoreError
@@ -37,7 +38,11 @@ REPLAYED = "idempotent-replayed"
 MAX_KEY_CHARS = 255
 # They change nothing, so they are done again; what they find may be gone by then, and is not kept.
 SEARCHES = ("search_vector_store", "explain_search")
-# Their answers hold a secret that is shown once.
+# Dry runs are as searches: they quote a whole prompt.
+RUNS = ("create_run", "create_thread_and_run")
+# They are read piece by piece, and what they are is known at their end.
+FORMS = ("create_file", "create_upload_part")
+# Their answers hold a secret that is shown once: it is not kept, and where nobody saw it, another one takes its place.
 SECRETS = ("create_key", "create_webhook_endpoint", "rotate_webhook_secret")
 # What shows an object by the id that a creating POST has noted, and that id's name in the path.
 SHOWN_BY: dict[str, tuple[Act, str]] = {
@@ -48,8 +53,13 @@ SHOWN_BY: dict[str, tuple[Act, str]] = {
     "create_vector_store": (vector_stores.retrieve_vector_store, "vector_store_id"),
     "create_vector_store_file": (vector_stores.retrieve_vector_store_file, "file_id"),
     "create_file_batch": (vector_stores.retrieve_file_batch, "batch_id"),
+    "create_webhook_endpoint": (webhooks.renew_webhook_secret, "endpoint_id"),
+    "rotate_webhook_secret": (webhooks.renew_webhook_secret, "endpoint_id"),
+    "resend_webhook_delivery": (webhooks.retrieve_webhook_delivery, "delivery_id"),
+    "create_project": (organization.retrieve_project, "project_id"),
+    "create_key": (organization.renew_key, "key_id"),
 }
-UPLOADS = ("create_upload", "complete_upload")
+UPLOADS = ("create_upload", "complete_upload", "cancel_upload")
 
 
 class _Streams(msgspec.Struct):
@@ -58,12 +68,23 @@ class _Streams(msgspec.Struct):
     stream: bool | None = False
 
 
+class _File(msgspec.Struct):
+    id: str = ""
+
+
 class _Quoted(msgspec.Struct):
-    """The ids in an answer: of the object, and of what it is in."""
+    """The ids in an answer: of the object, and of what it is in. file: that an upload has become."""
 
     id: str = ""
     thread_id: str = ""
     vector_store_id: str = ""
+    webhook_endpoint_id: str = ""
+    file: _File | None = None
+
+    @property
+    def owner_id(self) -> str:
+        within = self.thread_id or self.vector_store_id or self.webhook_endpoint_id
+        return within or (self.file.id if self.file else self.id)
 
 
 def once(act: Act) -> Act:
@@ -73,7 +94,7 @@ def once(act: Act) -> Act:
     async def acted(request: Request) -> Response:
         try:
             _, key = retry_headers(request)
-            if key is None or act.__name__ in SEARCHES:
+            if key is None or act.__name__ in SEARCHES or (act.__name__ in RUNS and is_dry_run(request)):
                 return await act(request)
             return await _with_key(request, key, act)
         except Repeated as repeated:
@@ -90,7 +111,7 @@ async def _with_key(request: Request, key: str, act: Act) -> Response:
             param="Idempotency-Key",
             code="invalid_value",
         )
-    if not request.headers.get("content-type", "").startswith("multipart/"):  # a form says what it is at its end
+    if act.__name__ not in FORMS:
         await origin_of(request)
     response = None
     try:
@@ -118,7 +139,7 @@ async def _keep(request: Request, response: Response) -> None:
     kept = "" if request.scope["endpoint"].__name__ in SECRETS else text
     quoted = msgspec.json.decode(text, type=_Quoted)
     origin, now = await origin_of(request), int(house_of(request).clock.now())
-    ids = (quoted.id, quoted.thread_id or quoted.vector_store_id or quoted.id)
+    ids = (quoted.id, quoted.owner_id)
 
     async def work(tx: Transaction) -> None:
         await request_rows.insert_answer(tx, project_of(request), origin, ids, response.status_code, kept, now)
@@ -145,15 +166,16 @@ class _Again(Response):
 
 async def _answer_again(request: Request, repeated: Repeated) -> Response:
     result, route = repeated.result, request.scope["endpoint"].__name__
+    _, key = retry_headers(request)
+    if route in SECRETS and key is not None:  # it may have been seen
+        raise InvalidRequest(
+            "This was done, and its answer held a secret that is shown once. Make a new one, with another "
+            "Idempotency-Key.",
+            param="Idempotency-Key",
+            code="secret_shown_once",
+        )
     if repeated.answer is not None:
         status, body = repeated.answer
-        if not body:
-            raise InvalidRequest(
-                "This was done, and its answer held a secret that is shown once. Make a new one, with another "
-                "Idempotency-Key.",
-                param="Idempotency-Key",
-                code="secret_shown_once",
-            )
         return Response(body, status, media_type=JSON)
     if route in SHOWN_BY:
         show, name = SHOWN_BY[route]

@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from afterglow import projects
 from afterglow.api import faults
-from afterglow.api.answers import house_of, reply, reply_list
+from afterglow.api.answers import actor_of, house_of, origin_of, project_of, reply, reply_list
 from afterglow.api.bodies import parse
-from afterglow.api.pages import INTEGER, query_value
+from afterglow.api.pages import query_flag, query_integer
 from afterglow.contracts import Transaction
 from afterglow.objects import (
     ApiKey,
@@ -22,28 +22,26 @@ from afterglow.objects import (
     CreatedApiKey,
     CreateProject,
     Deleted,
-    Json,
     ModifyApiKey,
     ModifyProject,
     Project,
 )
+from afterglow.projects import NewKey
 from afterglow.rows import audit as audit_rows
 from afterglow.rows import keys as key_rows
 from afterglow.rows import projects as project_rows
-from afterglow.rows.audit import COMPARISONS, Actor, AuditFilter
+from afterglow.rows.audit import COMPARISONS, AuditFilter
 from afterglow.rows.keys import KeyRow, in_order
 from afterglow.rows.lists import ListPage
 from afterglow.rows.projects import ProjectRow
+from afterglow.rows.requests import Asked
 
-BOOLEANS = ("true", "false")
 FARTHEST_AT = 2**53
 MAX_VALUES = 100  # of one filter
 
 
-def actor_of(request: Request) -> Actor:
-    """Who acts, for the audit log."""
-    address = request.client.host if request.client else ""
-    return Actor("api_key", request.state.key_id, address, request.headers.get("user-agent", ""))
+async def _asked(request: Request) -> Asked:
+    return Asked(project_of(request), await origin_of(request))
 
 
 # --- projects --------------------------------------------------------------------------------------------------
@@ -51,12 +49,10 @@ def actor_of(request: Request) -> Actor:
 
 async def list_projects(request: Request) -> Response:
     """GET /organization/projects. Archived ones only with `include_archived=true`."""
-    archived = query_value(request, "include_archived") or "false"
-    if archived not in BOOLEANS:
-        raise faults.unsupported_value("include_archived", archived, BOOLEANS)
+    archived = query_flag(request, "include_archived")
 
     async def page(tx: Transaction, **cursor: Any) -> ListPage:
-        found = await project_rows.page_of_projects(tx, archived == "true", **cursor)
+        found = await project_rows.page_of_projects(tx, archived, **cursor)
         return await _filled(tx, found, lambda project: projects.existing_project(tx, project), _project)
 
     return await reply_list(request, "project", page)
@@ -65,8 +61,9 @@ async def list_projects(request: Request) -> Response:
 async def create_project(request: Request) -> Response:
     """POST /organization/projects"""
     body = await parse(request, CreateProject)
-    house = house_of(request)
-    return reply(_project(await projects.create_project(house.store, house.clock.now(), actor_of(request), body)))
+    house, asked = house_of(request), await _asked(request)
+    row = await projects.create_project(house.store, house.clock.now(), actor_of(request), body, asked)
+    return reply(_project(row))
 
 
 async def retrieve_project(request: Request) -> Response:
@@ -120,8 +117,17 @@ async def create_key(request: Request) -> Response:
     """POST /organization/projects/{project_id}/api_keys. The answer's `value` is the key, shown this once."""
     body = await parse(request, CreateApiKey)
     house, project = house_of(request), request.path_params["project_id"]
-    made = await projects.create_key(house.store, house.clock.now(), actor_of(request), project, body)
-    return reply(CreatedApiKey(**msgspec.structs.asdict(_key(made.row)), value=made.secret))
+    asked = await _asked(request)
+    return reply(
+        _created(await projects.create_key(house.store, house.clock.now(), actor_of(request), project, body, asked))
+    )
+
+
+async def renew_key(request: Request) -> Response:
+    """What a retry is told of a key that was made, and whose answer nobody heard: its secret is not kept, so it gets
+    another one."""
+    house, project, key_id = house_of(request), request.path_params["project_id"], request.path_params["key_id"]
+    return reply(_created(await projects.renew_key(house.store, house.clock.now(), actor_of(request), project, key_id)))
 
 
 async def retrieve_key(request: Request) -> Response:
@@ -143,6 +149,10 @@ async def delete_key(request: Request) -> Response:
     house, project, key_id = house_of(request), request.path_params["project_id"], request.path_params["key_id"]
     await projects.revoke_key(house.store, house.clock.now(), actor_of(request), project, key_id)
     return reply(Deleted(id=key_id, object="organization.project.api_key.deleted"))
+
+
+def _created(made: NewKey) -> CreatedApiKey:
+    return CreatedApiKey(**msgspec.structs.asdict(_key(made.row)), value=made.secret)
 
 
 def _key(row: KeyRow) -> ApiKey:
@@ -187,17 +197,8 @@ async def list_audit_logs(request: Request) -> Response:
 
 
 def _times(request: Request) -> dict[str, int]:
-    times: Json = {}
-    for comparison in COMPARISONS:
-        name = f"effective_at[{comparison}]"
-        text = query_value(request, name)
-        if text is None:
-            continue
-        if not INTEGER.fullmatch(text):
-            raise faults.wrong_type(name, "an integer", text)
-        faults.check_range(int(text), 0, FARTHEST_AT, name)
-        times[comparison] = int(text)
-    return times
+    asked = {sign: query_integer(request, f"effective_at[{sign}]", 0, FARTHEST_AT) for sign in COMPARISONS}
+    return {sign: at for sign, at in asked.items() if at is not None}
 
 
 def _values(request: Request, name: str) -> list[str]:

@@ -19,7 +19,8 @@ from afterglow.objects import INCLUDE_FILE_SEARCH_CONTENT
 MAX_LIMIT = 100
 ORDERS = ("asc", "desc")
 INTEGER = re.compile(r"-?[0-9]{1,100}")
-NUMBER = re.compile(r"[0-9]{1,10}(\.[0-9]{1,10})?")
+DECIMAL = re.compile(r"[0-9]{1,15}(\.[0-9]{1,10})?")
+FLAGS = {"true": True, "false": False, "1": True, "0": False}
 INCLUDE = re.compile(r"include(\[[0-9]*\])?")
 
 
@@ -36,8 +37,8 @@ def read_page(request: Request) -> Page:
     """The cursor query of a list. Raises InvalidRequest."""
     page = Page()
     return Page(
-        limit=_limit(query_value(request, "limit"), page.limit),
-        order=_order(query_value(request, "order"), page.order),
+        limit=query_integer(request, "limit", 1, MAX_LIMIT) or page.limit,
+        order=cast(Literal["asc", "desc"], query_choice(request, "order", ORDERS) or page.order),
         after=query_value(request, "after"),
         before=query_value(request, "before"),
     )
@@ -67,31 +68,31 @@ def query_choice(request: Request, name: str, choices: Sequence[str]) -> str | N
     return value
 
 
-def _limit(text: str | None, default: int) -> int:
+def query_flag(request: Request, name: str) -> bool:
+    """As `query_value`; False when it is absent."""
+    return FLAGS[query_choice(request, name, list(FLAGS)) or "false"]
+
+
+def query_integer(request: Request, name: str, low: int | None = None, high: int | None = None) -> int | None:
+    """As `query_value`, within these bounds; both are allowed values."""
+    text = query_value(request, name)
     if text is None:
-        return default
+        return None
     if not INTEGER.fullmatch(text):
-        raise faults.wrong_type("limit", "an integer", text)
-    limit = int(text)
-    faults.check_range(limit, 1, MAX_LIMIT, "limit")
-    return limit
+        raise faults.wrong_type(name, "an integer", text)
+    faults.check_range(int(text), low, high, name)
+    return int(text)
 
 
-def read_seconds(name: str, text: str, low: float, high: float) -> float:
-    """Raises InvalidRequest."""
-    if not NUMBER.fullmatch(text):
-        raise faults.wrong_type(name, "a number", text)
-    seconds = float(text)
-    faults.check_range(seconds, low, high, name, "decimal")
-    return seconds
-
-
-def _order(text: str | None, default: Literal["asc", "desc"]) -> Literal["asc", "desc"]:
+def query_decimal(request: Request, name: str, low: float | None = None, high: float | None = None) -> float | None:
+    """As `query_integer`, of a number without a sign."""
+    text = query_value(request, name)
     if text is None:
-        return default
-    if text not in ORDERS:
-        raise faults.unsupported_value("order", text, ORDERS)
-    return cast(Literal["asc", "desc"], text)
+        return None
+    if not DECIMAL.fullmatch(text):
+        raise faults.wrong_type(name, "a decimal number", text)
+    faults.check_range(float(text), low, high, name, "decimal")
+    return float(text)
 
 
 def read_include(request: Request) -> list[str]:

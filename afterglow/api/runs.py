@@ -12,10 +12,9 @@ from starlette.responses import Response
 
 from afterglow.api import faults
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
-from afterglow.api.bills import is_dry_run, read_limits
 from afterglow.api.bodies import parse
 from afterglow.api.holding import Seen, held, read_wait
-from afterglow.api.pages import query_choice, query_value, read_include, read_seconds
+from afterglow.api.pages import query_choice, query_decimal, query_flag, query_integer, query_value, read_include
 from afterglow.api.sse import EventStream
 from afterglow.contracts import START, Position, Stop, Transaction
 from afterglow.dry_run import dry_run, dry_thread_and_run
@@ -32,6 +31,7 @@ from afterglow.threads import start_run, start_thread_and_run
 
 RUN_STATUSES: tuple[str, ...] = get_args(RunStatus)
 UNTIL = ("stop", "end")
+MAX_TOKENS = 2**53
 EVENT_ID = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})")
 
 
@@ -41,7 +41,7 @@ async def create_run(request: Request) -> Response:
     `dry_run`, nothing is done, and the answer tells what would be."""
     body = await parse(request, CreateRun)
     query = _read_query(request)
-    if is_dry_run(request):
+    if query_flag(request, "dry_run"):
         where = house_of(request), project_of(request), request.path_params["thread_id"]
         return reply(await dry_run(*where, body, query))
     happened = await start_run(
@@ -59,7 +59,7 @@ async def create_thread_and_run(request: Request) -> Response:
     """POST /threads/runs. A stream begins with the thread."""
     body = await parse(request, CreateThreadAndRun)
     query = _read_query(request)
-    if is_dry_run(request):
+    if query_flag(request, "dry_run"):
         return reply(await dry_thread_and_run(house_of(request), project_of(request), body, query))
     thread, happened = await start_thread_and_run(
         house_of(request),
@@ -80,12 +80,12 @@ def _stream(request: Request, happened: lifecycle.Happened, first: bytes = b"") 
 
 def _read_query(request: Request) -> lifecycle.RunQuery:
     """Raises InvalidRequest."""
-    timeout = query_value(request, "tool_timeout_s")
     return lifecycle.RunQuery(
         read_include(request),
         request.state.key_id,
-        None if timeout is None else read_seconds("tool_timeout_s", timeout, *TOOL_TIMEOUT_S),
-        *read_limits(request),
+        query_decimal(request, "tool_timeout_s", *TOOL_TIMEOUT_S),
+        query_integer(request, "max_total_tokens", 0, MAX_TOKENS),
+        query_decimal(request, "max_cost"),
         cast(lifecycle.IfBusy, query_choice(request, "if_busy", get_args(lifecycle.IfBusy)) or "reject"),
     )
 
@@ -122,10 +122,7 @@ async def follow_run_events(request: Request) -> Response:
     house, project = house_of(request), project_of(request)
     thread_id, run_id = request.path_params["thread_id"], request.path_params["run_id"]
     after = _place(request)
-    until = query_value(request, "until")
-    if until is not None and until not in UNTIL:
-        raise faults.unsupported_value("until", until, UNTIL)
-    ends: set[Stop] = {"action", "end"} if until == "stop" else {"end"}
+    ends: set[Stop] = {"action", "end"} if query_choice(request, "until", UNTIL) == "stop" else {"end"}
     if await lifecycle.has_nothing_behind(house, project, thread_id, run_id, after, ends):
         return Response(status_code=204)  # a browser's EventSource, which comes back after each end, gives up
     return EventStream(house, project, run_id, after, ends=ends)

@@ -68,8 +68,8 @@ async def complete_upload(request: Request) -> Response:
 
 async def cancel_upload(request: Request) -> Response:
     """POST /uploads/{upload_id}/cancel"""
-    upload_id = request.path_params["upload_id"]
-    return reply(await uploads.cancel_upload(house_of(request), project_of(request), upload_id))
+    upload_id, origin = request.path_params["upload_id"], await origin_of(request)
+    return reply(await uploads.cancel_upload(house_of(request), project_of(request), upload_id, origin))
 
 
 async def _parse(request: Request, kind: type[T]) -> T:

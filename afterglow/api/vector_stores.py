@@ -8,11 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import vector_stores
-from afterglow.api import faults
 from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list
 from afterglow.api.bodies import parse
 from afterglow.api.holding import Seen, held, read_wait
-from afterglow.api.pages import query_value
+from afterglow.api.pages import query_choice
 from afterglow.contracts import Transaction
 from afterglow.objects import (
     BatchStatus,
@@ -130,9 +129,7 @@ async def list_vector_store_files(request: Request) -> Response:
 
 async def _list_files(request: Request, batch_id: str | None) -> Response:
     project, store_id = _ids(request)
-    status = query_value(request, "filter")
-    if status is not None and status not in FILE_STATUSES:
-        raise faults.unsupported_value("filter", status, FILE_STATUSES)
+    status = query_choice(request, "filter", FILE_STATUSES)
 
     async def page(tx: Transaction, **cursor: Any) -> ListPage:
         await vector_stores.check_stores(tx, project, [store_id], 0)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from afterglow import deliveries, webhooks
-from afterglow.api import faults
-from afterglow.api.answers import house_of, origin_of, project_of, reply, reply_list, reply_stored
+from afterglow.api.answers import actor_of, house_of, origin_of, project_of, reply, reply_list, reply_stored
 from afterglow.api.bodies import parse
-from afterglow.api.pages import query_value
-from afterglow.contracts import Transaction
+from afterglow.api.pages import query_choice
+from afterglow.contracts import House, Transaction
 from afterglow.objects import (
     WEBHOOK_EVENT_TYPES,
     CreateWebhookEndpoint,
@@ -24,24 +23,29 @@ from afterglow.objects import (
     WebhookEventTypes,
 )
 from afterglow.rows import webhooks as rows
+from afterglow.rows.audit import Actor
 from afterglow.rows.lists import ListPage
 from afterglow.webhooks import OLD_SECRET_S, check_endpoint, no_delivery, no_endpoint
 
 DELIVERY_STATUSES: tuple[DeliveryStatus, ...] = get_args(DeliveryStatus)
 
 
+def _of(request: Request) -> tuple[House, Actor, str]:
+    return house_of(request), actor_of(request), project_of(request)
+
+
 async def create_webhook_endpoint(request: Request) -> Response:
     """POST /webhook_endpoints. The answer shows the secret, this once."""
     body = await parse(request, CreateWebhookEndpoint)
     origin = await origin_of(request)
-    return reply(await webhooks.create_endpoint(house_of(request), project_of(request), body, origin))
+    return reply(await webhooks.create_endpoint(*_of(request), body, origin))
 
 
 async def list_webhook_endpoints(request: Request) -> Response:
     """GET /webhook_endpoints"""
 
-    async def page(tx: Transaction, **cursor: object) -> ListPage:
-        return await rows.list_endpoints(tx, project_of(request), **cursor)  # type: ignore[arg-type]
+    async def page(tx: Transaction, **cursor: Any) -> ListPage:
+        return await rows.list_endpoints(tx, project_of(request), **cursor)
 
     return await reply_list(request, "webhook endpoint", page)
 
@@ -60,13 +64,13 @@ async def modify_webhook_endpoint(request: Request) -> Response:
     """POST /webhook_endpoints/{endpoint_id}"""
     body = await parse(request, ModifyWebhookEndpoint)
     endpoint_id = request.path_params["endpoint_id"]
-    return reply(await webhooks.modify_endpoint(house_of(request), project_of(request), endpoint_id, body))
+    return reply(await webhooks.modify_endpoint(*_of(request), endpoint_id, body))
 
 
 async def delete_webhook_endpoint(request: Request) -> Response:
     """DELETE /webhook_endpoints/{endpoint_id}. With its log."""
     endpoint_id = request.path_params["endpoint_id"]
-    await webhooks.delete_endpoint(house_of(request), project_of(request), endpoint_id)
+    await webhooks.delete_endpoint(*_of(request), endpoint_id)
     return reply(Deleted(id=endpoint_id, object="webhook_endpoint.deleted"))
 
 
@@ -74,8 +78,13 @@ async def rotate_webhook_secret(request: Request) -> Response:
     """POST /webhook_endpoints/{endpoint_id}/rotate_secret. The answer shows the new secret, this once."""
     body = await parse(request, RotateWebhookSecret, empty_ok=True)
     keep_old_s = OLD_SECRET_S if body.keep_old_secret_active_for_24_hours else 0
-    endpoint_id = request.path_params["endpoint_id"]
-    return reply(await webhooks.rotate_secret(house_of(request), project_of(request), endpoint_id, keep_old_s))
+    endpoint_id, origin = request.path_params["endpoint_id"], await origin_of(request)
+    return reply(await webhooks.rotate_secret(*_of(request), endpoint_id, keep_old_s, origin))
+
+
+async def renew_webhook_secret(request: Request) -> Response:
+    """What a retry is told of a secret that was made, and whose answer nobody heard: another one takes its place."""
+    return reply(await webhooks.renew_secret(*_of(request), request.path_params["endpoint_id"]))
 
 
 async def test_webhook_endpoint(request: Request) -> Response:
@@ -87,13 +96,12 @@ async def test_webhook_endpoint(request: Request) -> Response:
 
 async def list_webhook_deliveries(request: Request) -> Response:
     """GET /webhook_endpoints/{endpoint_id}/deliveries"""
-    endpoint_id, status = request.path_params["endpoint_id"], query_value(request, "status")
-    if status is not None and status not in DELIVERY_STATUSES:
-        raise faults.unsupported_value("status", status, DELIVERY_STATUSES)
+    endpoint_id = request.path_params["endpoint_id"]
+    status = query_choice(request, "status", DELIVERY_STATUSES)
 
-    async def page(tx: Transaction, **cursor: object) -> ListPage:
+    async def page(tx: Transaction, **cursor: Any) -> ListPage:
         await check_endpoint(tx, project_of(request), endpoint_id)
-        return await rows.list_deliveries(tx, project_of(request), endpoint_id, status, **cursor)  # type: ignore[arg-type]
+        return await rows.list_deliveries(tx, project_of(request), endpoint_id, status, **cursor)
 
     return await reply_list(request, "delivery", page)
 
@@ -112,7 +120,12 @@ async def retrieve_webhook_delivery(request: Request) -> Response:
 async def resend_webhook_delivery(request: Request) -> Response:
     """POST /webhook_endpoints/{endpoint_id}/deliveries/{delivery_id}/resend. Sends the event once more, as it was."""
     endpoint_id, delivery_id = request.path_params["endpoint_id"], request.path_params["delivery_id"]
-    return reply(await webhooks.resend(house_of(request), project_of(request), endpoint_id, delivery_id))
+    house, project, origin = house_of(request), project_of(request), await origin_of(request)
+    delivery = await webhooks.resend(
+        house.store, house.clock.now(), actor_of(request), project, endpoint_id, delivery_id, origin
+    )
+    house.webhook_queue.wake()
+    return reply(delivery)
 
 
 async def list_webhook_event_types(request: Request) -> Response:

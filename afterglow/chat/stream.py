@@ -43,6 +43,8 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "safety": "content_filter",
     "sensitive": "content_filter",
 }
+# No prompt has as many. A server that says more is wrong, and sums of what it says would not fit into a database.
+MOST_TOKENS = 1_000_000_000
 # Reasons that stand for a failure of the server's.
 BROKEN_OFF = {"error", "abort", "insufficient_system_resource", "network_error"}
 
@@ -442,7 +444,8 @@ def _as_json(value: dict[str, Any]) -> str:
 
 
 def read_usage(raw: dict[str, Any]) -> Usage:
-    """Usage in the names of OpenAI, Anthropic, DeepSeek or Moonshot. The total stands as reported, if it was."""
+    """Usage in the names of OpenAI, Anthropic, DeepSeek or Moonshot. The total stands as reported, if it was. No count
+    is above MOST_TOKENS."""
     prompt = _count(raw, "prompt_tokens", "input_tokens")
     completion = _count(raw, "completion_tokens", "output_tokens")
     cached = _count(_dict(raw, "prompt_tokens_details"), "cached_tokens") or _count(
@@ -467,5 +470,5 @@ def _count(raw: dict[str, Any], *names: str) -> int:
     for name in names:
         value = raw.get(name)
         if isinstance(value, int | float) and value > 0:
-            return int(value)
+            return int(min(value, MOST_TOKENS))
     return 0

@@ -79,3 +79,9 @@ def chain(segments: Iterable[Segment], after: Position) -> Iterator[Segment]:
         if part := cut(segment, after):
             yield part
             after = end_of(part)
+
+
+def end_before(segments: list[Segment], place: Position) -> list[Segment]:
+    """The end of a log, without its text, when a place beyond it is asked for: nothing will ever come there."""
+    last = segments[-1] if segments else None
+    return [last._replace(data=b"")] if last and last.stop == "end" and end_of(last) < place else []

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable
 
 from afterglow.contracts import Clock, News, Position, Segment, Store, Transaction, Watched
-from afterglow.events.following import Followed, before, break_silence_forever, cut, end_of, to_each_stop
+from afterglow.events.following import Followed, before, break_silence_forever, cut, end_before, end_of, to_each_stop
 from afterglow.events.unwritten import Row, Unwritten
 from afterglow.events.watching import Watch, Watches, word_for
 from afterglow.rows.events import insert_segment, list_segments
@@ -80,7 +80,7 @@ class LocalEvents:
         self._hear(run_id, segment)
 
     def take_unwritten(self, run_id: str) -> list[Segment]:
-        return self._unwritten.take(run_id)  # what is being written is written first: SQLite has one writer
+        return self._unwritten.take(run_id)
 
     def forget(self, run_id: str) -> None:
         self._unwritten.forget(run_id)
@@ -104,7 +104,7 @@ class LocalEvents:
                 if index < len(feed.segments):
                     fresh = [part for segment in feed.segments[index:] if (part := cut(segment, after))]
                     index = len(feed.segments)
-                    for batch in to_each_stop(fresh):
+                    for batch in to_each_stop(fresh or end_before(feed.segments, after)):
                         yield batch
                     continue
                 if not await feed.news():

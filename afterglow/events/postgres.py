@@ -27,7 +27,16 @@ import msgspec
 
 from afterglow.contracts import DELETED, START, Clock, News, Position, Segment, SqlRow, Store, Watched
 from afterglow.errors import StoreError
-from afterglow.events.following import Followed, before, break_silence_forever, chain, cut, end_of, to_each_stop
+from afterglow.events.following import (
+    Followed,
+    before,
+    break_silence_forever,
+    chain,
+    cut,
+    end_before,
+    end_of,
+    to_each_stop,
+)
 from afterglow.events.unwritten import Row, Unwritten
 from afterglow.events.watching import Watch, Watches, word_for
 
@@ -228,7 +237,7 @@ class PostgresEvents:
         self._unwritten.add(project, run_id, segment)
 
     def take_unwritten(self, run_id: str) -> list[Segment]:
-        return self._unwritten.take_all(run_id)
+        return self._unwritten.take(run_id)
 
     def forget(self, run_id: str) -> None:
         self._unwritten.forget(run_id)
@@ -273,7 +282,7 @@ class PostgresEvents:
         try:
             while not self._closed:
                 fresh = feed.after(after) if feed.start <= after else await self._stored(feed, after)
-                if fresh:
+                if fresh := fresh or end_before(feed.segments, after):
                     for batch in to_each_stop(fresh):
                         yield batch
                     after = end_of(fresh[-1])

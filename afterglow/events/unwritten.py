@@ -23,8 +23,8 @@ log = logging.getLogger("afterglow.events")
 class Unwritten:
     """Segments by run, and the task that writes them in batches.
 
-    Of one run, those of a batch become one row for each attempt. A row that could not be written is tried again as it
-    is, and never joined with later text: it may be there after all, when the answer to its COMMIT was lost.
+    Of one run, those that leave together become one row for each attempt. A row that could not be written is tried
+    again as it is, and never joined with later text: it may be there after all, when the answer to its COMMIT was lost.
     """
 
     def __init__(
@@ -55,13 +55,9 @@ class Unwritten:
             text[1].append(segment)
 
     def take(self, run_id: str) -> list[Segment]:
-        """What is not being written yet; the caller writes it."""
-        refused = [row[2] for row in self._refused.pop(run_id, [])]
-        return refused + self._text.pop(run_id, ("", []))[1]
-
-    def take_all(self, run_id: str) -> list[Segment]:
-        """What is not known to be written. The caller writes it as well; of the same row twice, one is refused."""
-        return [row[2] for row in self._leaving.pop(run_id, [])] + self.take(run_id)
+        """What is not known to be written. The caller writes it, also what is just being written: that may be refused
+        and wait, while the caller's transaction is done. Of the same row twice, one is refused."""
+        return [row[2] for row in self._leaving.pop(run_id, []) + self._take_rows(run_id)]
 
     def of(self, run_id: str) -> list[Segment]:
         """What is not known to be written, left where it is."""

@@ -67,6 +67,12 @@ async def get_kept(tx: Transaction, project: str, run_id: str) -> Kept | None:
         project,
         run_id,
     )
+    blank = await tx.fetch(
+        "SELECT attempt, last_seq FROM events WHERE project_id = $1 AND run_id = $2 AND LENGTH(data) = 0"
+        " ORDER BY attempt DESC, first_seq DESC LIMIT 1",
+        project,
+        run_id,
+    )
     newest = await tx.fetch(
         "SELECT attempt, last_seq, CASE WHEN LENGTH(data) > 0 THEN stop ELSE '' END FROM events"
         " WHERE project_id = $1 AND run_id = $2 ORDER BY attempt DESC, first_seq DESC LIMIT 1",
@@ -76,7 +82,8 @@ async def get_kept(tx: Transaction, project: str, run_id: str) -> Kept | None:
     if not oldest:
         return None
     [(attempt, first)], [(last_attempt, last, stop)] = oldest, newest
-    return Kept(Position(attempt, first - 1), Position(last_attempt, last), stop)
+    start = Position(*blank[0]) if blank else Position(attempt, first - 1)
+    return Kept(start, Position(last_attempt, last), stop)
 
 
 async def next_project(tx: Transaction, after: str) -> str | None:

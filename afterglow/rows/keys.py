@@ -120,6 +120,10 @@ async def update_key(tx: Transaction, row: KeyRow) -> None:
     )
 
 
+async def replace_secret(tx: Transaction, row: KeyRow, key_hash: str) -> None:
+    await tx.execute("UPDATE api_keys SET hash = $2, hint = $3 WHERE id = $1", row.id, key_hash, row.hint)
+
+
 async def revoke_key(tx: Transaction, key_id: str, now: int) -> bool:
     return await tx.execute("UPDATE api_keys SET revoked_at = $2 WHERE id = $1 AND revoked_at IS NULL", key_id, now) > 0
 

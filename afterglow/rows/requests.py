@@ -24,6 +24,13 @@ class Origin(NamedTuple):
     key: str | None = None
 
 
+class Asked(NamedTuple):
+    """A request that makes something outside the project that it is in."""
+
+    project: str
+    origin: Origin
+
+
 class Result(NamedTuple):
     """What a request came to. object_id: empty while that is not known. since: where its stream begins."""
 
@@ -175,6 +182,20 @@ async def insert_answer(
         now,
         status,
         body,
+    )
+
+
+async def give_answers(tx: Transaction, project: str, object_id: str, owner_id: str) -> None:
+    """What quotes an object is deleted with `owner_id`, too, from now on."""
+    await tx.execute(
+        "UPDATE answers SET owner_id = $3 WHERE project_id = $1 AND object_id = $2", project, object_id, owner_id
+    )
+
+
+async def delete_answers_in(tx: Transaction, project: str, object_id: str, owner_id: str) -> None:
+    """As `delete_answers`, of an object that is taken out of its owner, and stays elsewhere."""
+    await tx.execute(
+        "DELETE FROM answers WHERE project_id = $1 AND object_id = $2 AND owner_id = $3", project, object_id, owner_id
     )
 
 

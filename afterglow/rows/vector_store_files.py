@@ -18,6 +18,7 @@ from afterglow.contracts import SqlRow, SqlValue, Transaction
 from afterglow.ingest.states import batch_status
 from afterglow.objects import FileCounts, FileStatus, VectorStoreFile, VectorStoreFileBatch
 from afterglow.rows.lists import PASSING_OVER, ListPage, list_page
+from afterglow.rows.requests import delete_answers_in
 
 STATUSES: tuple[FileStatus, ...] = get_args(FileStatus)
 
@@ -170,6 +171,7 @@ async def delete_file(tx: Transaction, project: str, file: VectorStoreFile) -> N
         file.vector_store_id,
         file.id,
     )
+    await delete_answers_in(tx, project, file.id, file.vector_store_id)
     await _count(tx, project, file.vector_store_id, Counter({file.status: -1}), -file.usage_bytes)
 
 

@@ -10,6 +10,7 @@ import msgspec
 from afterglow.contracts import SqlValue, Transaction
 from afterglow.objects import WebhookDelivery, WebhookEndpoint
 from afterglow.rows.lists import PASSING_OVER, ListPage, list_page
+from afterglow.rows.requests import delete_answers
 
 
 class EndpointRow(NamedTuple):
@@ -91,6 +92,7 @@ async def update_endpoint(tx: Transaction, project: str, row: EndpointRow) -> No
 async def delete_endpoint(tx: Transaction, project: str, endpoint_id: str) -> bool:
     """With its log. A delivery that is recorded in the same moment is swept later."""
     await tx.execute("DELETE FROM webhook_deliveries WHERE project_id = $1 AND endpoint_id = $2", project, endpoint_id)
+    await delete_answers(tx, project, endpoint_id)
     return await tx.execute("DELETE FROM webhook_endpoints WHERE project_id = $1 AND id = $2", project, endpoint_id) > 0
 
 

@@ -446,7 +446,7 @@ class Execution:
             step.created_at = message.created_at = place.created_at
             await step_rows.insert_step(tx, row.project, step, place.seq, row.attempt)
             await message_rows.insert_message(tx, row.project, message, place.seq + 1)
-            await message_rows.hide_left_behind(tx, row.project, run.id)
+            await self._hide_left_behind(tx)
             turn.pictures = await step_rows.list_pictures_to_show(tx, row.project, run.id) if ran_code else []
             return [
                 step_event(step, "created"),
@@ -477,7 +477,7 @@ class Execution:
             place = await self._take_place(tx, now, 1)
             step.created_at = place.created_at
             await step_rows.insert_step(tx, row.project, step, place.seq, row.attempt)
-            await message_rows.hide_left_behind(tx, row.project, row.run.id)
+            await self._hide_left_behind(tx)
             return [*events, step_event(step, "created"), step_event(step, "in_progress")]
 
         await self._commit(work)
@@ -495,6 +495,11 @@ class Execution:
             expires_at=run.expires_at,
             step_details=details,
         )
+
+    async def _hide_left_behind(self, tx: Transaction) -> None:
+        """What dead attempts left open; before the first there was none."""
+        if self.row.attempt > 1:
+            await message_rows.hide_left_behind(tx, self.row.project, self.row.run.id)
 
     async def _take_place(self, tx: Transaction, now: int, count: int) -> Place:
         place = await thread_rows.take_place(tx, self.row.project, self.row.run.thread_id, now, count)

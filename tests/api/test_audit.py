@@ -61,6 +61,51 @@ async def test_administrative_acts_are_written_down(start_server: ServerFactory,
         assert "sk-admin" not in text
 
 
+async def test_acts_on_webhooks_are_written_down(start_server: ServerFactory, connect: Any, tmp_path: Path):
+    """Made, changed, another secret, deleted: each with who and what, and neither secrets nor the URL's path are there;
+    what is refused is no act."""
+    async with start_server(tmp_path, api_keys=(ADMIN,)) as server:
+        wire = connect(server, "sk-admin")
+        hook = {"url": "https://app.example/T0KEN?k=T0KEN", "event_types": ["*"], "metadata": {"a": "T0KEN"}}
+        made = await wire.made("/webhook_endpoints", hook)
+        path = f"/webhook_endpoints/{made['id']}"
+        await wire.made(path, {"url": "https://other.example/T0KEN", "status": "disabled"})
+        fresh = await wire.made(f"{path}/rotate_secret")
+        await wire.post(path, {"url": "ftp://app.example"})
+        await wire.delete(path)
+        await wire.delete(path)
+        log = await acts(wire)
+        kind = "webhook_endpoint"
+        data = {"name": made["name"], "event_types": ["*"], "status": "enabled", "host": "app.example"}
+        changes = {"status": "disabled", "host": "other.example"}
+        assert [(act["type"], act[act["type"]]) for act in log] == [
+            (f"{kind}.created", {"id": made["id"], "data": data}),
+            (f"{kind}.updated", {"id": made["id"], "changes_requested": changes}),
+            (f"{kind}.secret_rotated", {"id": made["id"]}),
+            (f"{kind}.deleted", {"id": made["id"]}),
+        ]
+        assert {act["project"]["id"] for act in log} == {"default"}
+        assert [act["type"] for act in await acts(wire, f"&resource_ids[]={made['id']}")] == [
+            act["type"] for act in log
+        ]
+        text = json.dumps(log)
+        assert "T0KEN" not in text
+        for secret in (made["signing_secret"], fresh["signing_secret"]):
+            assert secret[-8:] not in text
+
+
+async def test_the_address_is_the_one_that_a_trusted_proxy_tells_of(
+    start_server: ServerFactory, connect: Any, tmp_path: Path
+):
+    """Behind a proxy, the log has its caller's address; from anybody else, that header is nothing."""
+    for trusted, address in ((("127.0.0.1",), "203.0.113.7"), ((), "127.0.0.1")):
+        async with start_server(tmp_path / address, api_keys=(ADMIN,), trusted_proxies=trusted) as server:
+            wire = connect(server, "sk-admin")
+            await wire.post(PROJECTS, {"name": "n"}, headers={"x-forwarded-for": "198.51.100.1, 203.0.113.7"})
+            [act] = await acts(wire)
+            assert act["actor"]["session"]["ip_address"] == address
+
+
 async def test_the_log_is_read_by_filters_and_pages(start_server: ServerFactory, connect: Any, tmp_path: Path):
     """By time, type, project, actor and resource, together; newest first, page by page with the official client."""
     clock = SetClock()

@@ -208,6 +208,16 @@ async def test_paths_are_passed_on_encoded(passing: Passing):
     assert len(upstream.requests) == before
 
 
+async def test_nothing_else_of_the_upstreams_is_reached(passing: Passing):
+    """Below a deployment as elsewhere: its files, its models and its administration are not this server's to show."""
+    _, upstream, wire = passing
+    before = len(upstream.requests)
+    for path in ("files", "files/file-1", "models", "organization/projects", "chat", ""):
+        for method in ("GET", "POST", "DELETE"):
+            assert (await wire.ask(method, f"//openai/deployments/m/{path}")).status == 404
+    assert len(upstream.requests) == before
+
+
 async def test_a_body_that_is_passed_on_has_its_limit(passing: Passing):
     """What is larger than `max_body_mb` is a 413 here as well, told beforehand or found on the way."""
 

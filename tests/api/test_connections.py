@@ -249,6 +249,7 @@ SENT_BY_SDKS = (
 )
 READ_BY_SDKS = (
     *("x-request-id", "openai-poll-after-ms", "retry-after", "retry-after-ms", "x-should-retry", "idempotent-replayed"),
+    *("openai-processing-ms", "openai-version", "openai-organization", "preference-applied", "content-disposition"),
     *("x-ratelimit-limit-requests", "x-ratelimit-remaining-tokens", "x-ratelimit-reset-requests"),
 )
 

@@ -8,7 +8,8 @@ from typing import Any
 import openai
 import pytest
 
-from afterglow.contracts import EngineStatus, ModelInfo
+from afterglow.contracts import EngineStatus, McpServer, McpTool, ModelInfo
+from afterglow.errors import OutboundFailed
 from afterglow.settings import ModelSettings
 from afterglow.testing import calls, says
 from tests.api.money import count_rows, prompt_of, set_budget, set_prices, steps_of
@@ -72,6 +73,36 @@ async def test_a_dry_run_of_a_long_thread(server: Server):
     await server.client.beta.threads.messages.create(thread_id, role="user", content="word " * 60)
     again = await compare(server, thread_id, assistant_id=assistant.id)
     assert [again["budget_tokens"], again["window_tokens"]] == [750, 1000]
+
+
+class Weathermen:
+    """MCP servers: one that has a tool, and others that cannot be asked."""
+
+    def why_refused(self, server: McpServer) -> str | None:
+        return None
+
+    async def list_tools(self, project: str, server: McpServer) -> list[McpTool]:
+        if server.label != "weather":
+            raise OutboundFailed(f"There is no {server.label}.")
+        return [McpTool("forecast", "The weather.", {"type": "object", "properties": {}})]
+
+    async def call_tool(self, *args: Any, **options: Any) -> str:
+        raise AssertionError("it is never called")
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("given_by", ["assistant", "run"])
+async def test_a_dry_run_asks_mcp_servers(server: Server, given_by: str):
+    """The tools that they have are in the prompt, and what is said of those that cannot be asked."""
+    server.house.mcp = Weathermen()
+    tools: Any = [{"type": "mcp", "server_label": "weather"}, {"type": "mcp", "server_label": "gone"}]
+    assistant = await server.assistant(instructions="Be brief.", tools=tools if given_by == "assistant" else [])
+    more = {"tools": tools} if given_by == "run" else {}
+    tried = await compare(server, await thread_of(server, "Weather?"), assistant_id=assistant.id, **more)
+    assert [tool["function"]["name"] for tool in tried["prompt"]["tools"]] == ["weather__forecast"]
+    assert "The tools of gone cannot be used now" in tried["prompt"]["messages"][0]["content"]
 
 
 async def test_a_dry_run_with_files_for_code(server: Server):

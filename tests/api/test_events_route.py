@@ -196,6 +196,17 @@ async def test_after_the_end_there_is_nothing(server: Server) -> None:
         assert await refused(server, run_in(raw), {"last-event-id": str(place)}) == (204, None)
 
 
+async def test_a_place_beyond_the_end(server: Server) -> None:
+    """Who names a place that the run never reaches hears nothing of it, but that it is over."""
+    go = asyncio.Event()
+    run = await start(server, [TextDelta("Once"), go, *says("more.")])
+    task = asyncio.create_task(follow(server, run, after="9.9"))
+    await followed(server)
+    go.set()
+    async with asyncio.timeout(PATIENCE_S):
+        assert await task == DONE
+
+
 async def test_after_a_stop_there_is_nothing_yet(server: Server) -> None:
     """With `until=stop`, a resume behind the stop that the run rests in is a 204 as well; without it, it waits."""
     server.model.will(calls(WEATHER_IN_OSLO), says("Rain."))
@@ -246,6 +257,20 @@ async def test_deleted_text_stays_gone(server: Server) -> None:
     status, error = await refused(server, run)
     assert status == 410
     assert "secret" not in str(error)
+
+
+async def test_text_that_was_deleted_while_the_run_went_on(server: Server) -> None:
+    """What a run has said since is not taken for all of it: whoever asks from the start is told that it is gone, and
+    whoever was behind the deleted message goes on."""
+    server.model.will([TextDelta("A secret."), *calls(WEATHER_IN_OSLO)], says("Rain."))
+    first = await start_stream(server, tools=[GET_WEATHER])
+    run = run_in(first)
+    [message] = (await server.client.beta.threads.messages.list(run.thread_id, run_id=run.id)).data
+    await server.client.beta.threads.messages.delete(message.id, thread_id=run.thread_id)
+    path = path_of(run).replace("events", "submit_tool_outputs")
+    second = await stream(server, path, {"tool_outputs": answers(run, {"get_weather": "rain"})})
+    assert (await refused(server, run))[0] == 410
+    assert await follow(server, run, after=read_events(first)[-2].id) == second
 
 
 async def test_a_run_whose_thread_is_deleted(server: Server) -> None:

@@ -107,7 +107,7 @@ def test_no_list_is_forgotten():
     routes = [act.__name__ for method, _, act in ROUTES if act.__name__.startswith("list_")]
     nouns = [name.removeprefix("list_").removesuffix("s").replace("_", " ") for name in routes]
     others = {"model", "vector store file", "files of batch", "chunk", "citation", "project run"}
-    others |= {"project", "key", "audit log", "cost", "organization cost"}
+    others |= {"project", "key", "audit log"}
     others |= {"webhook endpoint", "webhook deliverie", "webhook event type"}
     assert {*nouns} == {*Lists("", "", "").by_noun, *others}
 

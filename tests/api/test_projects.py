@@ -75,7 +75,7 @@ async def test_what_is_no_project_is_not_found(wire: Wire):
         assert answer.fault == Fault(404, "No project found with id 'proj_x'.")
     refusal = await wire.post(f"{PROJECTS}/default/archive")
     assert refusal.fault == Fault(400, "The default project cannot be archived.")
-    wrong = (await wire.get(f"{PROJECTS}?include_archived=1")).fault
+    wrong = (await wire.get(f"{PROJECTS}?include_archived=yes")).fault
     assert (wrong.status, wrong.param) == (400, "include_archived")
 
 

@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import openai
 import pytest
 
 from afterglow.api import attempts, edge, idempotency
+from afterglow.app import ROUTES
 from afterglow.connection import Connection
 from afterglow.contracts import Transaction
+from afterglow.objects import WebhookEvent
 from afterglow.rows import requests as request_rows
+from afterglow.rows.webhooks import get_endpoint, insert_delivery
 from afterglow.testing import SetClock, calls, says
+from afterglow.webhooks import new_delivery
 from tests.api.streams import stored
+from tests.api.test_keys import ADMIN
 from tests.api.wire import Answer, Json, Wire, until
 from tests.conftest import GET_WEATHER, Server, ServerFactory
 
@@ -185,44 +191,142 @@ async def test_a_crash_before_the_answer_was_kept(
     async def lost(*_: Any) -> None:
         """The server stops here."""
 
-    async with start_server(tmp_path) as server:
+    async with start_server(tmp_path, api_keys=(ADMIN,)) as server:
         with monkeypatch.context() as patched:
             patched.setattr(idempotency, "_keep", lost)
-            first = await all_kinds(connect(server), server)
-    async with start_server(tmp_path) as server:
-        again = await all_kinds(connect(server), server)
-        for one, other in zip(first, again, strict=True):
-            assert one.json["id"] == other.json["id"]
-            assert replayed(other)
-        assert await count(server, "threads") == 2
+            first = await all_kinds(server, connect(server, "sk-admin"), under_its_name)
+    async with start_server(tmp_path, api_keys=(ADMIN,)) as server:
+        again = await all_kinds(server, connect(server, "sk-admin"), under_its_name, first)
+        assert set(again) == CREATING
+        for name, answer in again.items():
+            if name in idempotency.SECRETS:
+                assert (answer.status, answer.fault.code) == (400, "secret_shown_once")
+            else:
+                assert answer.json.get("id") == first[name].json["id"], (name, answer.content)
+                assert replayed(answer)
+        assert await counts(server) == EACH_ONCE
 
 
-async def all_kinds(wire: Wire, server: Server) -> list[Answer]:
-    """One of everything that can be created, each under a key of its own."""
-    server.model.will(says("Hello."), says("Hello."))
-    assistant = await sent(wire, "/assistants", {"model": "m"}, "a")
-    thread = await sent(wire, "/threads", {}, "t")
-    file = await sent_form(wire, "/files", "f", {"file": b"abc"}, purpose="assistants")
-    upload = await sent(wire, "/uploads", UPLOAD, "u")
-    part = await sent_form(wire, f"/uploads/{upload.json['id']}/parts", "p", {"data": b"abc"})
-    store = await sent(wire, "/vector_stores", {"name": "v"}, "v")
-    in_store = f"/vector_stores/{store.json['id']}"
-    asked = {"assistant_id": assistant.json["id"]}
-    run = await sent(wire, f"/threads/{thread.json['id']}/runs", asked, "r")
-    await wire.stopped(run.json)
-    return [
-        assistant,
-        thread,
-        file,
-        upload,
-        part,
-        store,
-        run,
-        await sent(wire, f"/threads/{thread.json['id']}/messages", HELLO, "m"),
-        await sent(wire, "/threads/runs", asked, "tr"),
-        await sent(wire, f"{in_store}/files", {"file_id": file.json["id"]}, "vf"),
-        await sent(wire, f"{in_store}/file_batches", {"file_ids": [file.json["id"]]}, "vb"),
-    ]
+# What changes or finds something, and makes nothing: done again, it comes to the same.
+DONE_AGAIN = {
+    *("modify_assistant", "modify_thread", "modify_message", "modify_run", "modify_vector_store"),
+    *("modify_vector_store_file", "modify_webhook_endpoint", "modify_project", "modify_key"),
+    *("cancel_file_batch", "archive_project"),
+    *("search_vector_store", "explain_search", "test_webhook_endpoint"),
+}
+CREATING = {act.__name__ for method, _, act in ROUTES if method == "POST"} - DONE_AGAIN
+EACH_ONCE = {
+    "assistants": 1,
+    "threads": 2,
+    "messages WHERE object LIKE '%\"user\"%'": 1,
+    "runs": 2,
+    "files": 2,
+    "uploads": 2,
+    "vector_stores": 1,
+    "webhook_endpoints": 1,
+    "projects": 2,
+    "api_keys": 1,
+}
+# (name of the route, path, body) → its answer
+Send = Callable[..., Awaitable[Answer]]
+
+
+async def counts(server: Server) -> dict[str, int]:
+    return {table: await count(server, table) for table in EACH_ONCE}
+
+
+async def under_its_name(wire: Wire, name: str, path: str, body: Any = None, **options: Any) -> Answer:
+    return await sent(wire, path, body, name, **options)
+
+
+async def all_kinds(server: Server, wire: Wire, send: Send, made: dict[str, Answer] | None = None) -> dict[str, Answer]:
+    """One of everything that can be created, by name of the route. made: what was made before is used."""
+    await server.application.deliveries.drain()  # nothing is sent to app.example
+    server.model.will(calls(("get_weather", {"city": "Oslo"})), says("Rain."), calls(("get_weather", {"city": "Rome"})))
+    found: dict[str, Answer] = {}
+
+    async def post(name: str, path: str, body: Any = None, **options: Any) -> str:
+        found[name] = await send(wire, name, path, body, **options)
+        object_id: str = (made or found)[name].json["id"]
+        return object_id
+
+    asked: Json = {
+        "assistant_id": await post("create_assistant", "/assistants", {"model": "m", "tools": [GET_WEATHER]})
+    }
+    thread = f"/threads/{await post('create_thread', '/threads', {})}"
+    await post("create_message", f"{thread}/messages", HELLO)
+    path = f"{thread}/runs/{await post('create_run', f'{thread}/runs', asked)}"
+    outputs = {"tool_outputs": [{"tool_call_id": await first_call(wire, path), "output": "rain"}]}
+    await post("submit_tool_outputs", f"{path}/submit_tool_outputs", outputs)
+    await wire.stopped(await wire.read(path))
+    await post("create_thread_and_run", "/threads/runs", asked)
+    run = (made or found)["create_thread_and_run"].json
+    await wire.stopped(run)
+    await post("cancel_run", f"/threads/{run['thread_id']}/runs/{run['id']}/cancel")
+    form = {"files": {"file": ("a.txt", b"abc")}, "data": {"purpose": "assistants"}}
+    file_id = await post("create_file", "/files", **form)
+    upload = f"/uploads/{await post('create_upload', '/uploads', UPLOAD)}"
+    to_cancel = (made["cancel_upload"].json if made else await wire.made("/uploads", UPLOAD))["id"]
+    await post("cancel_upload", f"/uploads/{to_cancel}/cancel")
+    part = await post("create_upload_part", f"{upload}/parts", files={"data": ("a", b"abc")})
+    await post("complete_upload", f"{upload}/complete", {"part_ids": [part]})
+    store = f"/vector_stores/{await post('create_vector_store', '/vector_stores', {'name': 'v'})}"
+    await post("create_vector_store_file", f"{store}/files", {"file_id": file_id})
+    await post("create_file_batch", f"{store}/file_batches", {"file_ids": [file_id]})
+    hook = {"url": "https://app.example/hook", "event_types": ["*"]}
+    endpoint_id = await post("create_webhook_endpoint", "/webhook_endpoints", hook)
+    if made is None:
+        await add_delivery(server, endpoint_id)
+    endpoint = f"/webhook_endpoints/{endpoint_id}"
+    await post("resend_webhook_delivery", f"{endpoint}/deliveries/whd_1/resend")
+    await post("rotate_webhook_secret", f"{endpoint}/rotate_secret")
+    await post("create_project", "/organization/projects", {"name": "Blue"})
+    await post("create_key", "/organization/projects/default/api_keys", {"name": "a key"})
+    return found
+
+
+async def add_delivery(server: Server, endpoint_id: str) -> None:
+    event = WebhookEvent(id="evt_1", created_at=1, type="thread.run.completed", data={})
+    delivery = msgspec.structs.replace(new_delivery(endpoint_id, event, 1), id="whd_1")
+    await server.house.store.write(lambda tx: insert_delivery(tx, "default", delivery, "", 1, 2.0**40))
+
+
+async def first_call(wire: Wire, run: str) -> str:
+    await wire.stopped(await wire.read(run))
+    first = (await wire.read(f"{run}/steps?order=asc"))["data"][0]
+    call_id: str = first["step_details"]["tool_calls"][0]["id"]
+    return call_id
+
+
+async def test_every_creating_post_whose_answer_was_lost_is_retried_without_harm(
+    start_server: ServerFactory, connect: Any, tmp_path: Path, lose: Any
+):
+    """Each kind of object is there once, the retry's answer is of it, and a secret that it is told counts."""
+
+    async def lost(wire: Wire, name: str, path: str, body: Any = None, **options: Any) -> Answer:
+        lose(1)
+        with pytest.raises(httpx2.TransportError):
+            await wire.post(path, body, **options)
+        again = await wire.post(path, body, headers=retry(1), **options)
+        assert (again.status, replayed(again)) == (200, True), (name, again.content)
+        return again
+
+    async with start_server(tmp_path, api_keys=(ADMIN,)) as server:
+        wire = connect(server, "sk-admin")
+        found = await all_kinds(server, wire, lost)
+        assert set(found) == CREATING
+        assert await counts(server) == EACH_ONCE
+        await usable(server, wire, found)
+
+
+async def usable(server: Server, wire: Wire, found: dict[str, Answer]) -> None:
+    """Secrets that a retry was given are the ones that count."""
+    endpoint_id = found["create_webhook_endpoint"].json["id"]
+    row = await server.house.store.read(lambda tx: get_endpoint(tx, "default", endpoint_id))
+    assert row is not None
+    assert row.secret == found["rotate_webhook_secret"].json["signing_secret"]
+    key = found["create_key"].json["value"]
+    assert (await wire.get("/threads", headers={"authorization": f"Bearer {key}"})).status == 200
 
 
 async def test_a_crash_before_the_commit(server: Server, wire: Wire):

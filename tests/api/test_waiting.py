@@ -13,6 +13,7 @@ import openai
 import pytest
 from openai.types.beta.threads import Run
 
+from afterglow.api import holding
 from afterglow.contracts import TextDelta
 from afterglow.runs.lifecycle import expire_overdue
 from afterglow.testing import Saying, SetClock, calls, says
@@ -207,6 +208,35 @@ async def test_a_hold_ends_before_the_clients_patience(server: Server, name: str
     answer = await get(server, path_of(run), {"x-stainless-poll-helper": "true", name: "0.04"})
     assert answer.json()["status"] in ("queued", "in_progress")
     assert (await get(server, path_of(run), {name: "0"}, wait=60)).headers["openai-poll-after-ms"] == "250"
+
+
+async def test_a_patience_that_was_computed(server: Server) -> None:
+    """A timeout may have all the digits of a float, as what is left of some time has; it is kept all the same."""
+    run = await start(server, never())
+    headers = {"x-stainless-poll-helper": "true", "x-stainless-read-timeout": str(0.1 + 0.2 - 0.26)}
+    assert (await get(server, path_of(run), headers)).json()["status"] in ("queued", "in_progress")
+
+
+async def test_a_patience_that_cannot_be_read(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is as none that was said: the poll is held for less than people set."""
+    monkeypatch.setattr(holding, "UNTOLD_HOLD_S", 0.02)
+    run = await start(server, never())
+    headers = {"x-stainless-poll-helper": "true", "x-stainless-read-timeout": "soon"}
+    assert (await get(server, path_of(run), headers)).headers["openai-poll-after-ms"] == AGAIN
+
+
+async def test_a_body_without_end(start_server: ServerFactory, tmp_path: Path) -> None:
+    """A GET that is held, and has a body larger than any may be, is refused as others are."""
+    async with start_server(tmp_path, max_body_mb=1) as server:
+        run = await start(server, never())
+        host = server.url.removeprefix("http://")
+        head = f"GET /v1{path_of(run)}?wait=60 HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer k\r\n"
+        chunk = b"10001\r\n" + bytes(0x10001) + b"\r\n"
+        reader, writer = await asyncio.open_connection(*host.split(":"))
+        writer.write(head.encode() + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 16)
+        async with asyncio.timeout(PATIENCE_S):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+        writer.close()
 
 
 async def test_a_poll_that_was_cut_off_is_not_held_again(server: Server) -> None:

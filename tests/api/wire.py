@@ -61,6 +61,12 @@ class ContentPage(BaseModel):
     next_page: None
 
 
+class AuditLog(AuditLogListResponse):
+    """With types of our own, beside those that the SDK knows."""
+
+    type: str  # type: ignore[assignment]
+
+
 class WebhookDelivery(BaseModel):
     """Of our own. The SDK has no log of deliveries."""
 
@@ -102,7 +108,7 @@ SHAPES: dict[str, tuple[type[BaseModel], str]] = {
     "organization.project": (Project, ""),
     "organization.project.api_key": (ProjectAPIKey, ""),
     "organization.project.api_key.deleted": (APIKeyDeleteResponse, ""),
-    "organization.audit_log": (AuditLogListResponse, ""),
+    "organization.audit_log": (AuditLog, ""),
 }
 ENVELOPE = {"object", "data", "first_id", "last_id", "has_more"}
 OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")

@@ -33,12 +33,16 @@ _numbers = count(1)
 
 
 class FillableStore:
-    """A store whose disk can be full. Reads go on. url: of its database, where it has one."""
+    """A store whose disk can be full. Reads go on. url: of its database, where it has one. asked: one more for each
+    write that will be refused, which then waits for `refusing`."""
 
     def __init__(self, store: Store, url: str = "") -> None:
         self._store = store
         self.url = url
         self.full = False
+        self.asked = asyncio.Semaphore(0)
+        self.refusing = asyncio.Event()
+        self.refusing.set()
         self._refused = asyncio.Semaphore(0)
         self.read = store.read
         self.write_early = store.write_early
@@ -46,6 +50,8 @@ class FillableStore:
 
     async def write(self, work, *, rowwise=False):  # type: ignore[no-untyped-def]
         if self.full:
+            self.asked.release()
+            await self.refusing.wait()
             self._refused.release()
             raise StoreFull("no space left")
         return await self._store.write(work)
@@ -386,13 +392,14 @@ async def test_text_is_written_in_batches(writer: Writer):
 
 
 async def test_what_a_transaction_takes_is_written_once(store: Store, open_events):
-    """`take_unwritten` hands over each segment to one caller, in order."""
+    """`take_unwritten` hands over each segment to one caller, in order, and as one row what nobody has tried to write:
+    each is a statement of the caller's transaction."""
     async with open_events(store, flush_ms=60_000) as events:
         writer = await Writer(store, events).start()
         writer.streams(2)
         writer.streams(1)
-        taken = events.take_unwritten(writer.run_id)
-        assert b"".join(segment.data for segment in taken) == writer.bytes_after(START)
+        [taken] = events.take_unwritten(writer.run_id)
+        assert taken.data == writer.bytes_after(START)
         assert events.take_unwritten(writer.run_id) == []
 
 
@@ -420,6 +427,21 @@ async def test_a_full_disk_keeps_the_order(store: FillableStore, events: Events,
     store.full = False
     await writer.commits(1, "end")
     assert await live == await writer.stored() == writer.bytes_after(START)
+
+
+async def test_a_batch_that_is_refused_late_leaves_no_gap(store: FillableStore, events: Events, writer: Writer):
+    """What a transaction writes is whole, though a batch was on its way before it and is refused after it."""
+    store.full = True
+    store.refusing.clear()
+    writer.streams(3)
+    await store.asked.acquire()
+    store.full = False
+    await writer.commits(1, "end")
+    stored = await writer.stored()
+    store.refusing.set()
+    await store.refuses(1)
+    assert stored == writer.bytes_after(START)
+    assert await writer.stored() == writer.bytes_after(START)
 
 
 async def test_a_dead_attempts_text_is_not_mixed_with_the_next(store: Store, open_events):

@@ -138,6 +138,11 @@ def test_keys_are_made_listed_and_revoked(capsys: pytest.CaptureFixture[str]):
     assert "revoked" in capsys.readouterr().out
 
 
+def audited(columns: str) -> list[tuple[str, ...]]:
+    with closing(sqlite3.connect("afterglow-data/afterglow.db")) as database:
+        return database.execute(f"SELECT {columns} FROM audit_log ORDER BY seq").fetchall()
+
+
 def test_projects_are_made_changed_and_archived(capsys: pytest.CaptureFixture[str]):
     """By id or name; what is said of the settings is checked; and every act is in the audit log, by whom it was."""
 
@@ -171,8 +176,7 @@ def test_projects_are_made_changed_and_archived(capsys: pytest.CaptureFixture[st
     ):
         assert cli.main(["keys", "create", *words]) == 1
         assert why in capsys.readouterr().err
-    with closing(sqlite3.connect("afterglow-data/afterglow.db")) as database:
-        acts = database.execute("SELECT type, object FROM audit_log ORDER BY seq").fetchall()
+    acts = audited("type, object")
     assert [kind for kind, _ in acts] == ["project.created", "api_key.created", "project.updated", "project.archived"]
     assert {json.loads(act)["actor"]["session"]["user"]["id"] for _, act in acts} == {operator().id}
 
@@ -183,9 +187,11 @@ def test_export_and_import_are_noted(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["import", "in.jsonl", "--project", "blue", "--dry-run"]) == 0
     assert cli.main(["import", "in.jsonl", "--project", "blue"]) == 0
     assert cli.main(["export", "out.jsonl", "--project", "blue"]) == 0
-    with closing(sqlite3.connect("afterglow-data/afterglow.db")) as database:
-        acts = database.execute("SELECT project_id, type FROM audit_log ORDER BY seq").fetchall()
-    assert acts == [("blue", "project.created"), ("blue", "data.imported"), ("blue", "data.exported")]
+    assert audited("project_id, type") == [
+        ("blue", "project.created"),
+        ("blue", "data.imported"),
+        ("blue", "data.exported"),
+    ]
 
 
 def test_webhooks_are_listed_and_sent_again(capsys: pytest.CaptureFixture[str]):
@@ -218,6 +224,7 @@ def test_webhooks_are_listed_and_sent_again(capsys: pytest.CaptureFixture[str]):
     assert cli.main(["webhooks", "resend", "whe_1", delivery.id, *own]) == 0
     assert cli.main(["webhooks", "deliveries", "whe_1", "--status", "pending", *own]) == 0
     assert delivery.id in capsys.readouterr().out
+    assert audited("project_id, type, resource_id") == [("blue", "webhook_delivery.resent", delivery.id)]
     assert cli.main(["webhooks", "resend", "whe_1", delivery.id]) == 1
     assert capsys.readouterr().err == "afterglow: No webhook endpoint found with id 'whe_1'.\n"
 
@@ -236,6 +243,9 @@ def test_the_secret_of_tool_calls_is_shown_and_replaced(capsys: pytest.CaptureFi
     second = said("rotate", "--project", "blue")
     assert second != first
     assert said("secret", "--project", "blue") == second
+    [(project, kind, act)] = audited("project_id, type, object")
+    assert (project, kind) == ("blue", "tool_secret.rotated")
+    assert second[-8:] not in act
 
 
 def test_keys_are_stored_hashed(capsys: pytest.CaptureFixture[str]):

@@ -229,7 +229,7 @@ async def test_declared_assistants(tmp_path: Path):
         assert (found.model, found.instructions) == ("gpt-4o", "Always answer 'Think for yourself.'")
         assert await answer(api, "What is 2 + 2?", assistant_id="asst_tutor") == "Think for yourself."
     file.write_text("[assistants.asst_tutor]\nmodel = 4\n")
-    said = await refused(tmp_path, "--assistants", file)
+    said = await refused(tmp_path, "--port", 0, "--assistants", file)
     assert f"{file}: [assistants.asst_tutor]: Invalid type for 'model'" in said
 
 

@@ -34,6 +34,7 @@ from afterglow.objects import (
     Thread,
     Usage,
 )
+from afterglow.runs.ledger import CompletionParts, Ledger, LedgerLine, PromptParts
 
 DOCUMENT = json.loads(describe([(method, f"/v1{path}", act) for method, path, act in ROUTES] + OPEN_ROUTES))
 OPERATIONS = {
@@ -326,6 +327,23 @@ def test_errors_have_the_envelope():
                 thread_id="thread_1",
                 type="tool_calls",
                 step_details={"type": "tool_calls", "tool_calls": []},
+            ),
+        ),
+        (
+            "/v1/threads/{thread_id}/runs/{run_id}/ledger",
+            Ledger(
+                run_id="run_1",
+                thread_id="thread_1",
+                total=LedgerLine(
+                    prompt=PromptParts(response_format=7),
+                    completion=CompletionParts(),
+                    usage=Usage(),
+                    cached_tokens=0,
+                    estimated=False,
+                    cost=None,
+                    unpriced_tokens=0,
+                ),
+                data=[],
             ),
         ),
     ],

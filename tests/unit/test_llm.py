@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from afterglow.chat.server import Remembered
+from afterglow.chat.stream import MOST_TOKENS
 from afterglow.contracts import (
     ChatRequest,
     Delta,
@@ -641,6 +642,12 @@ async def test_usage_inside_the_choice(asker: Asker, upstream: ScriptedServer) -
             {**usage(9, 5), "prompt_tokens_details": None, "completion_tokens_details": {"reasoning_tokens": None}},
             (9, 5, 14, 0, 0),
             id="nulls",
+        ),
+        # A count that fits into no database would leave the run, or every bill of its project, stuck.
+        pytest.param(
+            {"prompt_tokens": 10**20, "completion_tokens": 1e300, "total_tokens": -1},
+            (MOST_TOKENS, MOST_TOKENS, 2 * MOST_TOKENS, 0, 0),
+            id="lies",
         ),
     ],
 )
