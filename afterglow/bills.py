@@ -13,13 +13,14 @@ from msgspec import Struct
 
 from afterglow.contracts import House, SqlValue, Transaction
 from afterglow.errors import NotFound
+from afterglow.objects import DAY_S
 from afterglow.prices import money_text
 from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import steps as step_rows
 from afterglow.rows.model_calls import ModelCall, list_model_calls
 from afterglow.rows.runs import RunRow
-from afterglow.rows.spend import COUNTS, DAY_S, METADATA, Bill, BillLine, list_bill
+from afterglow.rows.spend import COUNTS, METADATA, Bill, BillLine, list_bill
 from afterglow.runs.ledger import Amount, Ledger, amount, ledger_of
 from afterglow.runs.lifecycle import missing_run
 from afterglow.runs.past_prompt import (

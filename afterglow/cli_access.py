@@ -15,6 +15,7 @@ from afterglow.commands import add_command, add_data_flags, with_store
 from afterglow.contracts import Store
 from afterglow.errors import ConfigError
 from afterglow.objects import (
+    DAY_S,
     MAX_KEY_LIFE_S,
     Budget,
     CreateApiKey,
@@ -27,7 +28,7 @@ from afterglow.objects import (
 )
 
 T = TypeVar("T", Limits, Retention, Budget)
-UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": 24 * 3600}
+UNIT_S = {"s": 1, "m": 60, "h": 3600, "d": DAY_S}
 LIFE = re.compile(r"([0-9]{1,9})([smhd])")
 PARTS: dict[str, type[Limits | Retention | Budget]] = {"limits": Limits, "retention": Retention, "budget": Budget}
 

@@ -26,7 +26,7 @@ from afterglow import telemetry
 from afterglow.contracts import House, Transaction
 from afterglow.errors import InvalidRequest, OutboundFailed, StoreError
 from afterglow.ids import new_id
-from afterglow.objects import WebhookDelivery, WebhookEvent, WebhookTestResult, WebhookTry
+from afterglow.objects import DAY_S, WebhookDelivery, WebhookEvent, WebhookTestResult, WebhookTry
 from afterglow.rows import webhooks as rows
 from afterglow.rows.webhooks import Claim, EndpointRow
 from afterglow.signing import signed_headers
@@ -41,7 +41,7 @@ STORE_RETRY_S = 1.0
 GRACE_S = 20.0  # beyond a try's time, before the delivery is taken for abandoned
 WAITS_S = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 JITTER = 0.2
-LONGEST_ASKED_S = 86_400  # a target may ask for a longer wait than its turn's, and for no longer one
+LONGEST_ASKED_S = DAY_S  # a target may ask for a longer wait than its turn's, and for no longer one
 IS_DISABLED = "The endpoint is disabled."
 SORRY = "Sorry, something went wrong."
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from afterglow.contracts import House, Transaction
 from afterglow.errors import BlobMissing, NotFound, StoreError, StoreUnavailable
 from afterglow.ids import new_id
-from afterglow.objects import File, Json
+from afterglow.objects import DAY_S, File, Json
 from afterglow.quotas import check_storage
 from afterglow.rows import assistants as assistant_rows
 from afterglow.rows import files as file_rows
@@ -33,7 +33,6 @@ from afterglow.vector_stores import follow_up, leave_stores
 
 OUTPUT_PURPOSE = "assistants_output"
 SWEEP_LIMIT = 100
-DAY_S = 24 * 3600
 LOOSE_AFTER_S = DAY_S  # no upload takes longer; what is loose for so long was left by one that could not tidy up
 
 

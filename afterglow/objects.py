@@ -105,6 +105,7 @@ class McpTool(_Tool, tag="mcp", kw_only=True):
     require_approval: Literal["never"] | UnsetType | None = UNSET
 
 
+DAY_S = 24 * 3600
 TOOL_TIMEOUT_S = (0.1, 86_400.0)  # the least and the most that a caller may set
 
 
@@ -221,7 +222,7 @@ Days = Annotated[int, Meta(ge=1)]
 ProjectName = Annotated[str, Meta(min_length=1, max_length=256)]
 KeyName = Annotated[str, Meta(max_length=256)]
 KeyScope = Literal["read", "write", "admin"]
-MAX_KEY_LIFE_S = 100 * 365 * 24 * 3600
+MAX_KEY_LIFE_S = 100 * 365 * DAY_S
 Money = Annotated[float, Meta(ge=0)]
 
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from typing import Literal
 
 from afterglow.contracts import House, Transaction
 from afterglow.errors import SandboxOff, StoreError, TooManyRequests
 from afterglow.limits import Holder, Rate, filled
+from afterglow.objects import DAY_S
 from afterglow.rows import quotas
 from afterglow.rows.keys import get_key_limits
 from afterglow.rows.projects import get_project_settings, touch_project
 from afterglow.rows.runs import RunRow
 
 MEGABYTE = 1024 * 1024
-DAY_S = 24 * 3600
 RUN_RETRY_S = 1.0
 
 
@@ -27,16 +28,20 @@ def _named(holder: Holder) -> str:
     return f"the key {holder.key_id}" if holder.key_id else f"project {holder.project}"
 
 
+def _limited(
+    house: House, project: str, key_id: str, name: Literal["concurrent_runs", "storage_mb"]
+) -> list[tuple[Holder, int]]:
+    """Who has this limit, and how much it is."""
+    holders = house.limits.holders(project, key_id)
+    return [(holder, limit) for holder in holders if (limit := getattr(holder.limits, name)) is not None]
+
+
 # --- runs ------------------------------------------------------------------------------------------------------
 
 
 async def check_active_runs(tx: Transaction, house: House, project: str, key_id: str) -> None:
     """In the transaction that creates a run. Raises TooManyRequests."""
-    limited = [
-        (holder, limit)
-        for holder in house.limits.holders(project, key_id)
-        if (limit := holder.limits.concurrent_runs) is not None
-    ]
+    limited = _limited(house, project, key_id, "concurrent_runs")
     if limited:
         await touch_project(tx, project)
     for holder, limit in limited:
@@ -55,11 +60,7 @@ async def check_active_runs(tx: Transaction, house: House, project: str, key_id:
 
 async def check_storage(tx: Transaction, house: House, project: str, key_id: str, added_bytes: int) -> None:
     """In the transaction that stores a file or a part. Raises TooManyRequests, which tells SDKs not to try again."""
-    limited = [
-        (holder, limit)
-        for holder in house.limits.holders(project, key_id)
-        if (limit := holder.limits.storage_mb) is not None
-    ]
+    limited = _limited(house, project, key_id, "storage_mb")
     if limited:
         await touch_project(tx, project)
         await quotas.fill_in_sizes(tx, project)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from afterglow.contracts import House, Transaction
 from afterglow.files import condemn_unused_file
+from afterglow.objects import DAY_S
 from afterglow.rows import events as event_rows
 from afterglow.rows import retention as retention_rows
 from afterglow.rows.projects import get_project_settings
@@ -19,7 +20,6 @@ from afterglow.rows.retention import START, Found, Place
 from afterglow.telemetry import log
 from afterglow.threads import delete_idle_thread
 
-DAY_S = 24 * 3600
 LOOKED_AT = 500  # threads, or files, of a project, read at once
 LOOKS = 20  # of these in one round
 EVENTS_AT_ONCE = 500

@@ -19,6 +19,7 @@ from afterglow.contracts import House, Store, Transaction
 from afterglow.errors import InvalidRequest, NotFound
 from afterglow.ids import new_id
 from afterglow.objects import (
+    DAY_S,
     WEBHOOK_EVENT_TYPES,
     AuditLog,
     CreateWebhookEndpoint,
@@ -43,8 +44,7 @@ from afterglow.runs.states import TERMINAL
 from afterglow.signing import SECRET_PREFIX, new_secret
 
 MAX_ENDPOINTS = 32
-OLD_SECRET_S = 24 * 3600
-DAY_S = 24 * 3600
+OLD_SECRET_S = DAY_S
 TIDY_LIMIT = 500
 
 

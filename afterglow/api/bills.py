@@ -13,7 +13,8 @@ from afterglow.api import faults
 from afterglow.api.answers import house_of, project_of, reply
 from afterglow.api.pages import query_choice, query_integer, query_value, read_page
 from afterglow.errors import InvalidRequest
-from afterglow.rows.spend import DAY_S, GROUPS, METADATA, Bill
+from afterglow.objects import DAY_S
+from afterglow.rows.spend import GROUPS, METADATA, Bill
 
 MAX_RESULTS = 1000
 DEFAULT_RESULTS = 100

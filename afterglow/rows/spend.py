@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from afterglow.contracts import SqlValue, Transaction
-from afterglow.objects import Usage
+from afterglow.objects import DAY_S, Usage
 from afterglow.rows.model_calls import ModelCall
 from afterglow.rows.runs import RunRow
 
-DAY_S = 86_400
 COUNTS = (
     "calls",
     "prompt_tokens",

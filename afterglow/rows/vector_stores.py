@@ -14,12 +14,11 @@ import msgspec
 from afterglow.contracts import SqlRow, Transaction
 from afterglow.ids import new_id
 from afterglow.ingest.states import store_status
-from afterglow.objects import FileCounts, VectorStore
+from afterglow.objects import DAY_S, FileCounts, VectorStore
 from afterglow.rows.lists import ListPage, list_page
 from afterglow.rows.requests import delete_answers
 from afterglow.rows.webhooks import forget_events
 
-DAY_S = 24 * 3600
 _COLUMNS = "object, last_active_at, expires_at, usage_bytes, in_progress, completed, failed, cancelled, swept"
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from afterglow.contracts import House, Transaction
-from afterglow.objects import Budget, PromptTokenDetails, Usage
+from afterglow.objects import DAY_S, Budget, PromptTokenDetails, Usage
 from afterglow.prices import Price, cost_of, money_text, nanos_of
 from afterglow.rows.model_calls import get_run_cost
 from afterglow.rows.runs import RunAsked, RunRow
-from afterglow.rows.spend import DAY_S, NOTHING, Amount, sum_spend
+from afterglow.rows.spend import NOTHING, Amount, sum_spend
 
 REREAD_AFTER = 20  # times as long as it took to read
 
