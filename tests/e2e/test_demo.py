@@ -25,7 +25,7 @@ DOCUMENT = (
     "finds      ",
     "The answer, and what it cites",
     "A run expires `run_expires_s` (600) seconds after it was **created**",
-    '"Tool outputs do',
+    "tool outputs do",
     "†runs.md】 is from runs.md, characters ",
     "verified: it stands there",
     "│ ## Expiry",
