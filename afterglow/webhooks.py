@@ -38,6 +38,7 @@ from afterglow.objects import (
 from afterglow.rows import vector_store_files as file_rows
 from afterglow.rows import webhooks as rows
 from afterglow.rows.audit import Actor, insert_act
+from afterglow.rows.projects import touch_project
 from afterglow.rows.requests import Origin, insert_request
 from afterglow.rows.webhooks import EndpointRow
 from afterglow.runs.states import TERMINAL
@@ -78,6 +79,7 @@ async def create_endpoint(
     )
 
     async def work(tx: Transaction) -> tuple[None, AuditLog]:
+        await touch_project(tx, project)
         if len(await rows.get_endpoints(tx, project)) >= MAX_ENDPOINTS:
             raise InvalidRequest(f"A project can have {MAX_ENDPOINTS} webhook endpoints.")
         await rows.insert_endpoint(tx, project, EndpointRow(endpoint, secret), round(now * 1_000_000))
@@ -95,9 +97,10 @@ async def modify_endpoint(
     _check(house, body.url, body.event_types)
     now = house.clock.now()
 
-    async def work(tx: Transaction) -> tuple[WebhookEndpoint, AuditLog]:
+    async def work(tx: Transaction) -> tuple[WebhookEndpoint, AuditLog | None]:
         row = await _endpoint(tx, project, endpoint_id)
         endpoint = row.endpoint
+        before = msgspec.structs.replace(endpoint)
         for name in ("url", "event_types", "name", "status"):
             if (value := getattr(body, name)) is not UNSET:
                 setattr(endpoint, name, value)
@@ -105,6 +108,8 @@ async def modify_endpoint(
             endpoint.metadata = body.metadata or {}
         if body.status is not UNSET:
             endpoint.disabled_reason = None
+        if endpoint == before:
+            return endpoint, None
         endpoint.updated_at = int(now)
         await rows.update_endpoint(tx, project, row)
         asked = _open_part(body)

@@ -63,13 +63,14 @@ async def test_administrative_acts_are_written_down(start_server: ServerFactory,
 
 async def test_acts_on_webhooks_are_written_down(start_server: ServerFactory, connect: Any, tmp_path: Path):
     """Made, changed, another secret, deleted: each with who and what, and neither secrets nor the URL's path are there;
-    what is refused is no act."""
+    what is refused, or changes nothing, is no act."""
     async with start_server(tmp_path, api_keys=(ADMIN,)) as server:
         wire = connect(server, "sk-admin")
         hook = {"url": "https://app.example/T0KEN?k=T0KEN", "event_types": ["*"], "metadata": {"a": "T0KEN"}}
         made = await wire.made("/webhook_endpoints", hook)
         path = f"/webhook_endpoints/{made['id']}"
         await wire.made(path, {"url": "https://other.example/T0KEN", "status": "disabled"})
+        await wire.made(path, {"status": "disabled"})
         fresh = await wire.made(f"{path}/rotate_secret")
         await wire.post(path, {"url": "ftp://app.example"})
         await wire.delete(path)

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 from msgspec import structs
 
-from afterglow import assistants, files, threads, vector_stores
+from afterglow import assistants, files, threads, vector_stores, webhooks
 from afterglow.app import open_application
 from afterglow.contracts import House, Segment, Transaction
 from afterglow.errors import InvalidRequest, LostLease, NotFound, ThreadBusy
@@ -28,6 +28,7 @@ from afterglow.objects import (
     CreateThread,
     CreateVectorStore,
     CreateVectorStoreFile,
+    CreateWebhookEndpoint,
     Message,
     ModifyAssistant,
     Run,
@@ -41,6 +42,7 @@ from afterglow.rows import messages as message_rows
 from afterglow.rows import runs as run_rows
 from afterglow.rows import search_results as result_rows
 from afterglow.rows import steps as step_rows
+from afterglow.rows.audit import Actor
 from afterglow.rows.message_words import Wanted, find_threads
 from afterglow.rows.requests import Origin
 from afterglow.rows.runs import RunRow
@@ -284,6 +286,15 @@ async def test_two_runs_are_not_put_on_a_thread_at_once(house: House, side_by_si
     both = [threads.start_run(house, P, thread_id, body, RunQuery([]), origin()) for _ in range(2)]
     _, second = await side_by_side(*both)
     assert isinstance(second, ThreadBusy)
+
+
+async def test_no_endpoint_is_one_too_many(house: House, side_by_side: SideBySide, monkeypatch: pytest.MonkeyPatch):
+    """Of two that are made at once, the second hears that the project can have no more."""
+    monkeypatch.setattr(webhooks, "MAX_ENDPOINTS", 1)
+    body = CreateWebhookEndpoint(url="https://app.example/hook", event_types=["*"])
+    both = [webhooks.create_endpoint(house, Actor("session", "tests"), P, body, origin()) for _ in range(2)]
+    _, second = await side_by_side(*both)
+    assert isinstance(second, InvalidRequest)
 
 
 async def test_a_run_that_waits_is_not_missed_by_the_end_of_the_one_before(house: House, side_by_side: SideBySide):
