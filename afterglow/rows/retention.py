@@ -76,13 +76,20 @@ async def list_old_files(tx: Transaction, project: str, before: int, reached: Pl
 
 
 async def is_unused(tx: Transaction, project: str, file_id: str, before: int) -> bool:
-    """As above, and no message names it. While messages wait to be indexed, that cannot be known."""
+    """As above, and no message and no run that has not begun names it. While messages wait to be indexed, that cannot
+    be known."""
     unused = await tx.fetch(
         f"SELECT 1 FROM files WHERE project_id = $1 AND {_UNUSED} AND id = $3", project, before, file_id
     )
     if not unused or not await is_all_indexed(tx, project):
         return False
-    return not await find_threads(tx, project, Wanted([word_of_file(file_id)]), 1)
+    if await find_threads(tx, project, Wanted([word_of_file(file_id)]), 1):
+        return False
+    return not await tx.fetch(
+        "SELECT 1 FROM runs WHERE project_id = $1 AND status = 'queued' AND (asked LIKE $2 OR object LIKE $2) LIMIT 1",
+        project,
+        f"%{file_id}%",
+    )
 
 
 async def _look(

@@ -209,15 +209,18 @@ def refusal(limits: list[Limit], call: NextCall, model: str, currency: str, othe
         wanted = call.amount if limit.of == "this run" else call.amount.plus(others)
         more = wanted.nanos if limit.money else wanted.tokens
         if limit.spent + more > limit.most:
-            return _words(limit, more, currency)
+            return _words(limit, more, currency, alone=wanted == call.amount)
     return None
 
 
-def _words(limit: Limit, more: int, currency: str) -> str:
+def _words(limit: Limit, more: int, currency: str, *, alone: bool) -> str:
     def said(amount: int) -> str:
         return f"{money_text(amount)} {currency}" if limit.money else f"{amount} tokens"
 
+    what = "the prompt of the next call of the model takes"
+    if not alone:
+        what = "the calls that are at work and the prompt of the next one take"
     return (
-        f"The budget of {limit.of} would be passed: it is {said(limit.most)}, {said(limit.spent)} are spent, and the"
-        f" prompt of the next call of the model takes about {said(more)} more."
+        f"The budget of {limit.of} would be passed: it is {said(limit.most)}, {said(limit.spent)} are spent, and {what}"
+        f" about {said(more)} more."
     )

@@ -115,7 +115,7 @@ async def test_calls_at_work_count(server: Server):
     first = await runs.create(threads[0].id, assistant_id=assistant.id)
     await until(lambda: server.model.requests)
     second = await runs.create_and_poll(thread_id=threads[1].id, assistant_id=assistant.id, poll_interval_ms=5)
-    assert "takes about" in refused(second)
+    assert "the calls that are at work and the prompt of the next one take about 1008 tokens" in refused(second)
     go.set()
     assert (await server.poll(first)).status == "completed"  # which took 15
     third = await runs.create_and_poll(thread_id=threads[2].id, assistant_id=assistant.id, poll_interval_ms=5)

@@ -179,6 +179,7 @@ async def _runs(server: Server, wire: Wire, thread_id: str, assistant_id: str) -
     return run.id
 
 
+@pytest.mark.slow
 async def test_what_is_deleted_is_nowhere(server: Server, wire: Wire, tool: Endpoint):
     """Of a message, an answer, an assistant, files, a vector store and a thread nothing is left once they are deleted,
     in whatever table, but for what the docs name."""

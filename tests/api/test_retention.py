@@ -14,7 +14,7 @@ from afterglow.files import tidy_files
 from afterglow.finding import index_messages
 from afterglow.objects import ProjectSettings, Retention
 from afterglow.retention import Retention as Sweeper
-from afterglow.testing import SetClock, calls
+from afterglow.testing import SetClock, calls, says
 from tests.api.stores import make_store, upload
 from tests.conftest import GET_WEATHER, Server, ServerFactory
 
@@ -154,6 +154,25 @@ async def test_unused_files_are_deleted(server: Server, clock: SetClock):
     await client.beta.threads.delete(thread.id)
     await index_messages(server.house)
     assert await swept(server) == (0, 4)
+
+
+async def test_a_file_that_a_run_waits_with_stays(server: Server, clock: SetClock):
+    """The messages of a run that waits for its thread are no messages yet; what they name is there when they come."""
+    file_id = await upload(server)
+    await set_retention(server, files_days=7)
+    clock.time += 8 * DAY_S
+    server.model.will(calls(("get_weather", {"city": "Oslo"})), says("Rain."), says("A file."))
+    busy = await server.run("Weather?", tools=[GET_WEATHER])
+    attachments = [{"file_id": file_id, "tools": [{"type": "code_interpreter"}]}]
+    waits = await server.client.beta.threads.runs.create(
+        busy.thread_id,
+        assistant_id=busy.assistant_id,
+        additional_messages=[{"role": "user", "content": "See.", "attachments": attachments}],  # type: ignore[typeddict-item]
+        extra_query={"if_busy": "queue"},
+    )
+    assert await swept(server) == (0, 0)
+    await server.submit(busy, {"get_weather": "rain"})
+    assert (await server.poll(waits)).status == "completed"
 
 
 async def test_events_have_the_projects_time(server: Server, clock: SetClock):
