@@ -180,7 +180,7 @@ OPEN_ROUTES = [
     ("GET", "/readyz", about.readyz),
     ("GET", "/openapi.json", about.openapi),
 ]
-FORWARDED_METHODS = ["GET", "POST", "DELETE"]
+METHODS = ["GET", "POST", "DELETE"]
 PREFIXES = ("/v1", "/openai/v1", "/openai")  # Azure clients leave the version to ?api-version=
 
 ANSWERED_FLUSH_S = 1.0
@@ -381,7 +381,7 @@ class Application:
             self._app = CORSMiddleware(
                 self._app,
                 allow_origins=list(settings.allowed_origins),
-                allow_methods=["GET", "POST", "DELETE"],
+                allow_methods=METHODS,
                 allow_headers=["*"],  # those that a preflight asks for are named in its answer
                 expose_headers=CORS_EXPOSED,
                 allow_private_network=True,
@@ -473,7 +473,7 @@ def _routes() -> list[BaseRoute]:
         ]
     # Azure names the model in the path; below it is what is passed on anyway, and nothing else of the upstream's.
     for prefix in (*PREFIXES, models_api.DEPLOYMENTS + "{deployment}"):
-        routes += [Route(prefix + path, models_api.forward, methods=FORWARDED_METHODS) for path in models_api.FORWARDED]
+        routes += [Route(prefix + path, models_api.forward, methods=METHODS) for path in models_api.FORWARDED]
     return routes
 
 

@@ -801,8 +801,7 @@ class House:
     store's. webhook_queue: wakes who delivers webhooks. locks: whoever writes to the index of a store holds that of
     its id, see `ingest/upkeep.py`. embedder: None searches words alone. metrics: what `/metrics` shows of this process.
     traces: None keeps none. mcp: None when no MCP server may be asked. run_memory: only where no other process can
-    change a run. calibration: of what runs of this process estimate. limits: what callers
-    may still do in this minute.
+    change a run. calibration: of what runs of this process estimate. limits: what callers may still do in this minute.
     """
 
     settings: Settings

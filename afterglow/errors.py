@@ -166,6 +166,7 @@ class Gone(ApiError):
     """What is asked for was kept for a time, and that is over. Wire: HTTP 410, type `invalid_request_error`."""
 
     status = 410
+    type = "invalid_request_error"
 
 
 class TooSlow(ApiError):

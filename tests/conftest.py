@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import socket
+import sqlite3
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -19,7 +22,7 @@ from afterglow.app import Application, database_path, open_application
 from afterglow.connection import connections
 from afterglow.contracts import Store
 from afterglow.settings import Settings, load
-from afterglow.store.sqlite import SqliteStore
+from afterglow.store.sqlite import SqliteStore, migrate
 from afterglow.testing import ScriptedEngine, ScriptedModels, ScriptedParser
 from tests.postgres import FolderDatabases, close_shared_postgres
 from tests.twice import TwiceStore
@@ -146,6 +149,25 @@ async def _chosen_url(folder: Path) -> str:
     return await _databases.url(str(folder)) if _database == "postgres" else ""
 
 
+@functools.cache
+def _empty_database() -> bytes:
+    """SQLite's file with our schema: making one takes longer than most tests."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        migrate(connection)
+        return connection.serialize()
+
+
+def _lay_out(settings: Settings) -> None:
+    """Have the database of a folder that is empty, or not there yet."""
+    path = database_path(settings)
+    if settings.database_url:
+        return
+    with contextlib.suppress(OSError):  # the server says what is wrong with the folder
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not any(path.parent.iterdir()):
+            path.write_bytes(_empty_database())
+
+
 def _open_store(settings: Settings) -> Store | None:
     """The store that `--database` asks for; None lets the application choose."""
     if _database != "twice":
@@ -165,6 +187,7 @@ async def running_server(
     the scripted ones. embedder: there is none otherwise."""
     settings = {"data": str(folder), "database_url": await _chosen_url(folder), **settings}
     loaded: Settings = load(settings, environ={})
+    _lay_out(loaded)
     model, code, parser = ScriptedModels(), code_engine or ScriptedEngine(), parser or ScriptedParser()
     async with open_application(
         loaded,

@@ -12,6 +12,8 @@ from tests.unit.test_rows import P, Rows
 
 RUN = KnownRun("{}", "in_progress", 600)
 
+LAST = 60  # of the writes that are read meanwhile
+
 
 def keep(memory: LocalRunMemory, run_id: str = "run_1", run: KnownRun | None = RUN) -> None:
     memory.keep(P, "thread_1", run_id, memory.reading(P, run_id), run)
@@ -100,7 +102,7 @@ async def test_no_reader_is_behind_what_was_acknowledged(tmp_path: Path) -> None
 
     async def write() -> None:
         nonlocal acknowledged
-        for number in range(1, 200):
+        for number in range(1, LAST + 1):
 
             async def work(tx: Transaction, text: str = str(number)) -> int:
                 return await tx.execute("UPDATE runs SET object = $1 WHERE id = 'run_1'", text)
@@ -115,7 +117,7 @@ async def test_no_reader_is_behind_what_was_acknowledged(tmp_path: Path) -> None
 
     async def ask() -> None:
         nonlocal from_memory
-        while acknowledged < 199:
+        while acknowledged < LAST:
             least = acknowledged
             run = memory.get(P, "thread_1", "run_1")
             from_memory += run is not None
