@@ -218,10 +218,10 @@ async def test_what_is_deleted_is_nowhere(server: Server, wire: Wire, tool: Endp
 
 
 async def test_a_deleted_endpoint_leaves_no_answers(server: Server, wire: Wire, tool: Endpoint):
-    """What was answered of a webhook endpoint to requests with a key goes with it."""
+    """What was answered of a webhook endpoint to requests with a key goes with it. The audit log keeps its name."""
     hook = await wire.made("/webhook_endpoints", {"url": f"{tool.url}/zqhook", "event_types": ["*"]})
     path = f"/webhook_endpoints/{hook['id']}"
     await post(wire, path, {"name": "zqhook"})
-    assert await where(server, "zqhook") == {"answers", "webhook_endpoints"}
+    assert await where(server, "zqhook") == {"answers", "audit_log", "webhook_endpoints"}
     await wire.ask("DELETE", path)
-    assert await where(server, "zqhook") == set()
+    assert await where(server, "zqhook") == {"audit_log"}
