@@ -96,6 +96,7 @@ class McpSessions:
             async with self._use(project, server, CONNECT_S) as client:
                 tools = await _all_tools(client)
         except OutboundFailed as error:
+            self._drop_hung(project, server)
             return _Listed(time.monotonic() + REFUSED_S, [], str(error))
         said = self._settings.mcp.get(server.label) if not server.url else None
         allowed = said.allowed_tools if said else None
@@ -168,6 +169,12 @@ class McpSessions:
         return _Session(
             server.label, stdio_client(StdioServerParameters(command=program, args=arguments, env=dict(said.env)))
         )
+
+    def _drop_hung(self, project: str, server: McpServer) -> None:
+        """After a list that did not come: unlike a call, it takes no time where anybody is there."""
+        session = self._sessions.get((project, server))
+        if session is not None and not session.in_use:
+            self._drop(session)
 
     def _drop(self, session: _Session) -> None:
         """Nobody uses it any more but who has it already."""

@@ -417,6 +417,26 @@ async def test_a_program_speaks_on_stdin_and_stdout(
     await _until_gone(again)
 
 
+@pytest.mark.slow
+async def test_a_program_that_hangs_is_replaced(
+    let: Callable[..., McpSessions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not even say what it has is ended, and the next who asks gets another."""
+    monkeypatch.setattr("afterglow.mcp_servers.LISTED_S", -1)
+    monkeypatch.setattr("afterglow.mcp_servers.REFUSED_S", -1)
+    here = str(Path(__file__).parent.parent.parent)
+    command = (sys.executable, "-m", "tests.mcp_example")
+    sessions = let(example=McpSettings("example", command=command, env={"PYTHONPATH": here}))
+    process = int(await sessions.call_tool("a", SERVER, "process", {}, timeout_s=20))
+    os.kill(process, signal.SIGSTOP)
+    with monkeypatch.context() as impatient:
+        impatient.setattr("afterglow.mcp_servers.CONNECT_S", 0.2)
+        with pytest.raises(OutboundFailed):
+            await sessions.list_tools("a", SERVER)
+    assert await sessions.list_tools("a", SERVER)
+    await _until_gone(process)
+
+
 async def _until_gone(process: int) -> None:
     async with asyncio.timeout(10):
         while Path(f"/proc/{process}").exists():
