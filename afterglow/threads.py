@@ -108,6 +108,8 @@ async def delete_thread(house: House, project: str, thread_id: str) -> None:
     """Delete it and all that hangs on it; runs that are active or wait on it are stopped, and their followers told."""
 
     async def work(tx: Transaction) -> list[str]:
+        if active := await run_rows.get_active_run(tx, project, thread_id):
+            await run_rows.touch_active_run(tx, active)  # first, as whoever writes to it does
         unfinished = await run_rows.list_unfinished(tx, project, thread_id)
         if not await thread_rows.delete_thread(tx, project, thread_id):
             raise NotFound.of("thread", thread_id)

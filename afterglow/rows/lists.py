@@ -12,6 +12,8 @@ T = TypeVar("T")
 PASSING_OVER = "/* postgres: FOR UPDATE SKIP LOCKED */"
 # For what is to stay until the transaction ends: whoever changes or deletes it waits, others may hold it as well.
 HELD = "/* postgres: FOR SHARE */"
+# For what is about to be changed, as the change itself would hold it.
+LOCKED = "/* postgres: FOR NO KEY UPDATE */"
 # What a list is to keep: a condition with `{}` for each of its values.
 Kept = tuple[str, tuple[SqlValue, ...]]
 

@@ -9,7 +9,7 @@ import msgspec
 
 from afterglow.contracts import SqlValue, Transaction
 from afterglow.objects import ACTIVE_RUNS, HELD_RUNS, Json, Run, Usage
-from afterglow.rows.lists import PASSING_OVER, Kept, ListPage, list_page
+from afterglow.rows.lists import LOCKED, PASSING_OVER, Kept, ListPage, list_page
 
 
 class RunAsked(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -74,9 +74,12 @@ def _row(columns: tuple[str, str, str, str, int, int, int, str, int, int]) -> Ru
     )
 
 
-async def get_run(tx: Transaction, project: str, thread_id: str, run_id: str) -> RunRow | None:
+async def get_run(tx: Transaction, project: str, thread_id: str, run_id: str, *, locked: bool = False) -> RunRow | None:
+    """locked: it is going to be changed. Whoever changes what hangs on a run locks the run first: two that did so in
+    another order would stop each other."""
     rows = await tx.fetch(
-        f"SELECT {_COLUMNS} FROM runs WHERE project_id = $1 AND id = $2 AND thread_id = $3",
+        f"SELECT {_COLUMNS} FROM runs WHERE project_id = $1 AND id = $2 AND thread_id = $3"
+        + (f" {LOCKED}" if locked else ""),
         project,
         run_id,
         thread_id,
@@ -115,7 +118,7 @@ async def get_held_run(tx: Transaction, project: str, run_id: str, attempt: int)
     """The run, if `attempt` still is the one that may write to it."""
     rows = await tx.fetch(
         f"SELECT {_COLUMNS} FROM runs"
-        " WHERE project_id = $1 AND id = $2 AND attempt = $3 AND holds_thread = 1 AND worker IS NOT NULL",
+        f" WHERE project_id = $1 AND id = $2 AND attempt = $3 AND holds_thread = 1 AND worker IS NOT NULL {LOCKED}",
         project,
         run_id,
         attempt,

@@ -573,7 +573,8 @@ def _awaited(run: Run) -> list[str]:
 
 
 async def _get_run(tx: Transaction, project: str, thread_id: str, run_id: str) -> RunRow:
-    row = await run_rows.get_run(tx, project, thread_id, run_id)
+    """To be changed. Raises NotFound."""
+    row = await run_rows.get_run(tx, project, thread_id, run_id, locked=True)
     if row is None:
         raise await missing_run(tx, project, thread_id, run_id)
     return row
@@ -628,8 +629,8 @@ async def time_out_calls(house: House, limit: int) -> int:
 async def _time_out(
     house: House, project: str, thread_id: str, run_id: str, now: float, tx: Transaction
 ) -> Happened | None:
+    row = await run_rows.get_run(tx, project, thread_id, run_id, locked=True)
     over = await take_due(tx, project, run_id, now)
-    row = await run_rows.get_run(tx, project, thread_id, run_id)
     if row is None or row.run.status != "requires_action":
         return None
     if expired := await expire_if_due(tx, house, row):

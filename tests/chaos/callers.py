@@ -233,7 +233,10 @@ class Caller:
             script.after += [post.text for post in posts]
             body["additional_messages"] = [{"role": "user", "content": post.text} for post in posts]
         body["instructions"] = script.instructions
-        fate = await self._order(f"/threads/{talk.thread_id}/runs", body, ordered)
+        path = f"/threads/{talk.thread_id}/runs"
+        if not posts and self._rng.random() < 0.5:  # messages that wait may come after those that are posted later
+            path += "?if_busy=queue"
+        fate = await self._order(path, body, ordered)
         if not ordered.run_id and await self._find(talk, ordered):
             fate = "kept"
         for post in posts:
@@ -320,6 +323,10 @@ class Caller:
         ]
         body = {"tool_outputs": outputs}
         path += "/submit_tool_outputs"
+        if len(outputs) > 1 and self._rng.random() < 0.3:
+            await self._door.do("POST", path, {"tool_outputs": outputs[:1], "partial": True})
+            if self._rng.random() < 0.5:
+                body = {"tool_outputs": outputs[1:]}
         if self._rng.random() < 0.5:
             await self._door.do("POST", path, body)
             return

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import asyncpg
 import pytest
@@ -47,7 +47,7 @@ from afterglow.rows.message_words import Wanted, find_threads
 from afterglow.rows.requests import Origin
 from afterglow.rows.runs import RunRow
 from afterglow.runs import lifecycle
-from afterglow.runs.lifecycle import RunQuery
+from afterglow.runs.lifecycle import IfBusy, RunQuery
 from afterglow.runs.worker import claim_next
 from afterglow.settings import load
 from afterglow.store import postgres
@@ -57,6 +57,7 @@ from tests.postgres import fresh_database
 
 P = "default"
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}", "output": None}}
+IF_BUSY: tuple[IfBusy, ...] = ("queue", "interrupt")
 SideBySide = Callable[[Coroutine[Any, Any, Any], Coroutine[Any, Any, Any]], Awaitable[list[Any]]]
 
 
@@ -302,7 +303,7 @@ async def test_a_run_that_waits_is_not_missed_by_the_end_of_the_one_before(house
     assistant = await assistants.create_assistant(house, P, CreateAssistant(model="m"), origin())
     body = CreateRun(assistant_id=assistant.id)
     for queued_first in (True, False):
-        for if_busy in get_args(lifecycle.IfBusy)[1:]:
+        for if_busy in IF_BUSY:
             thread_id = await new_thread(house)
             active = await threads.start_run(house, P, thread_id, body, RunQuery([]), origin())
             queueing = threads.start_run(house, P, thread_id, body, RunQuery([], if_busy=if_busy), origin())
@@ -381,20 +382,44 @@ async def test_a_file_that_is_just_being_named_is_not_deleted(house: House, side
 
 
 async def test_outputs_are_taken_once(house: House, side_by_side: SideBySide):
-    """Of two submissions at once the second hears that the run does not wait; so does one that meets a cancel."""
-    bodies = [SubmitToolOutputs(tool_outputs=[ToolOutput(tool_call_id="call_1", output=text)]) for text in "xy"]
+    """Of two submissions at once the second, which says something else, hears that the run does not wait; so does one
+    that meets a cancel."""
+    body, other = (SubmitToolOutputs(tool_outputs=[ToolOutput(tool_call_id="call_1", output=text)]) for text in "xy")
     for cancelled in (False, True):
         run = await run_that_waits(house)
         names = house, P, run.thread_id, run.id
-        submit = lifecycle.submit_tool_outputs(*names, bodies[0], origin())
+        submit = lifecycle.submit_tool_outputs(*names, body, origin())
         another = (
             lifecycle.cancel_run(*names, origin())
             if cancelled
-            else lifecycle.submit_tool_outputs(*names, bodies[1], origin())
+            else lifecycle.submit_tool_outputs(*names, other, origin())
         )
         _, second = await side_by_side(another, submit)
         assert isinstance(second, InvalidRequest)
         assert "do not accept tool outputs" in second.message
+
+
+@pytest.mark.parametrize("what", ["submit", "delete"])
+async def test_a_run_is_locked_before_what_hangs_on_it(house: House, what: str):
+    """Two works on one run wait for each other in turn, and do not stop each other until Postgres ends one of them."""
+    run = await run_that_waits(house)
+    body = SubmitToolOutputs(tool_outputs=[ToolOutput(tool_call_id="call_1", output="o")])
+    acts: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+        "submit": lambda: lifecycle.submit_tool_outputs(house, P, run.thread_id, run.id, body, origin()),
+        "delete": lambda: threads.delete_thread(house, P, run.thread_id),
+    }
+    first, looking = [await asyncpg.connect(house.settings.database_url) for _ in range(2)]
+    async with first.transaction():
+        await first.execute("UPDATE runs SET attempt = attempt WHERE id = $1", run.id)
+        acting = asyncio.create_task(acts[what]())
+        while not await looking.fetchval("SELECT 1 FROM pg_locks WHERE NOT granted"):
+            await asyncio.sleep(0.005)
+        await first.execute("SET LOCAL lock_timeout = '500ms'")
+        await first.execute("UPDATE steps SET seq = seq WHERE run_id = $1", run.id)
+        await first.execute("UPDATE threads SET last_seq = last_seq WHERE id = $1", run.thread_id)
+    await acting
+    for connection in (first, looking):
+        await connection.close()
 
 
 async def test_nothing_of_a_deleted_thread_is_left_by_what_was_written_to_it(house: House, side_by_side: SideBySide):
