@@ -242,6 +242,7 @@ async def second_port(server: Server) -> AsyncGenerator[httpx2.AsyncClient, None
     assert listening.fileno() == -1
 
 
+@pytest.mark.slow
 async def test_the_second_port(tmp_path: Path, start_server: ServerFactory):
     """Three pages without a key, by whatever name of the host; nothing else is there, with or without one."""
     async with start_server(tmp_path, api_keys=KEY) as server, second_port(server) as client:

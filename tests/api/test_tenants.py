@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from afterglow.app import ROUTES
+from afterglow.finding import index_messages
 from afterglow.objects import WebhookEvent
 from afterglow.rows.webhooks import insert_delivery
 from afterglow.testing import calls
@@ -138,6 +139,7 @@ async def both(start_server: ServerFactory, connect: Any, tmp_path: Path) -> Asy
         run = f"/threads/{theirs.ids['thread_id']}/runs/{theirs.ids['run_id']}"
         await theirs.wire.stopped(await theirs.wire.made(f"{run}/cancel"))  # so that nothing that is read goes on
         await server.application._attempts.flush(server.house)
+        await index_messages(server.house)
         yield Both(server, ours, theirs)
 
 

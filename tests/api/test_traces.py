@@ -193,6 +193,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
     assert app.build_traces(Settings()) is None
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_without_a_trace_url():
     """The server without traces does not load OpenTelemetry."""
     code = "import sys, afterglow.serve; sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"

@@ -272,6 +272,7 @@ def new_folder(tmp_path: Path, name: str) -> Path:
     return tmp_path / name
 
 
+@pytest.mark.slow
 async def test_two_folders_on_one_database_are_refused(store: Store, tmp_path: Path):
     """Who would keep bytes where the others do not find them is told so, with both places and the way out."""
     one, other = new_folder(tmp_path, "one"), new_folder(tmp_path, "other")
@@ -311,6 +312,7 @@ async def test_of_two_folders_that_come_at_once_one_is_refused(store: Store, tmp
 # --- an object store -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_bucket_that_can_be_used_is_left_as_it_was(bucket: Bucket):
     """The check at the start writes, reads and deletes, and leaves nothing."""
     await bucket.open().check()

@@ -553,6 +553,7 @@ threading.Thread(target=later, daemon=True).start()
 """
 
 
+@pytest.mark.slow
 async def test_what_a_cell_has_started_ends_with_it(engine: NativeEngine, session: CodeSession) -> None:
     """Processes that a cell leaves running are gone when its end is told."""
     agent = first_processes(engine)[-1]

@@ -85,6 +85,7 @@ print(found, drawn == numpy.random.RandomState(7).rand(), oct(os.umask(0o22)))
 """
 
 
+@pytest.mark.slow
 async def test_the_next_session_finds_nothing_of_the_last(engine: NativeEngine) -> None:
     """Files, memory, variables, processes and the state of generators end with their session: neither the one that was
     made ahead nor those made later have any of it."""

@@ -794,6 +794,7 @@ async def test_no_schema_and_no_text_break_it(text, earlier, schema, choice):
     assert "\0" not in json.dumps(json.loads(answer.text), ensure_ascii=False)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(text=SPOKEN | ANY_TEXT, schema=objects(ORDINARY))
 async def test_arguments_are_valid_against_ordinary_schemas(text, schema):
