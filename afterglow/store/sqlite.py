@@ -128,13 +128,17 @@ class SqliteStore:
             raise
 
     async def close(self) -> None:
-        """Finish what was asked before, then close every connection; whoever asks later is refused."""
+        """Finish what was asked before, then close every connection; whoever asks later is refused.
+
+        The writer goes last, alone: of two connections that close at once, neither empties the log."""
         self._closed = True
-        self._writes.put(None)
-        for _ in self._threads[1:]:
+        writer, *readers = self._threads
+        for _ in readers:
             self._reads.put(None)
-        for thread in self._threads:
+        for thread in readers:
             await asyncio.to_thread(thread.join)
+        self._writes.put(None)
+        await asyncio.to_thread(writer.join)
 
     def _job(self, work: Work[Any], early: bool = False) -> _Job:
         if self._closed:

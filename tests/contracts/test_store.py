@@ -302,6 +302,16 @@ async def test_closing_finishes_what_was_asked(open_store: OpenStore):
         assert len(await store.read(names)) == 100
 
 
+async def test_a_closed_database_has_no_log_beside_it(path: Path):
+    """However its connections close: what was deleted would still stand there."""
+    for number in range(60):
+        store = SqliteStore(path)
+        await store.write(adds(f"n{number}"))
+        await asyncio.gather(*(store.read(names) for _ in range(6)))
+        await store.close()
+        assert not path.with_name(path.name + "-wal").exists()
+
+
 async def test_a_closed_store_says_so(open_store: OpenStore):
     """Whoever comes after `close` is refused, and does not wait for ever; closing again does nothing."""
     async with open_store() as store:
