@@ -110,6 +110,8 @@ SHAPES: dict[str, tuple[type[BaseModel], str]] = {
     "organization.project.api_key.deleted": (APIKeyDeleteResponse, ""),
     "organization.audit_log": (AuditLog, ""),
 }
+# Objects of ours, which no SDK and no contract knows; tests of their own read them.
+OWN = ("thread.run.ledger", "thread.run.step.prompt", "thread.run.dry_run", "page")
 ENVELOPE = {"object", "data", "first_id", "last_id", "has_more"}
 OPEN_PATHS = ("/healthz", "/readyz", "/openapi.json")
 
@@ -265,6 +267,8 @@ def check_object(content: bytes) -> None:
 
 def check_shape(body: Json, content: bytes) -> None:
     """At its strictest, the SDK's model accepts it, and so does the schema, where the contract is at hand."""
+    if body["object"] in OWN:
+        return
     deleted_file = body["object"] == "file" and "deleted" in body  # the one kind whose `object` does not tell
     model, schema = SHAPES["file.deleted" if deleted_file else body["object"]]
     model.model_validate_json(content, strict=True)

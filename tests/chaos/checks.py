@@ -229,7 +229,8 @@ class RunChecks:
         for rows in by_thread.values():
             for before, after in pairwise(rows):
                 ended = max((before.run[name] or 0 for name in ENDED_AT), default=0)
-                apart = after.run["created_at"] >= ended
+                begun = after.run["started_at"]  # it may have been created earlier, to wait for the thread
+                apart = begun is None or begun >= ended
                 self._verdict.expect(apart, "one run at a time", before.run["id"], after.run["id"])
 
     # --- what callers were told --------------------------------------------------------------------------------
