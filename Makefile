@@ -22,9 +22,11 @@ serve: .venv/.serve ## the server, at http://127.0.0.1:8000/v1
 test: .venv/.dev .venv/.sandbox ## the tests to run before every commit (under two minutes)
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
+# Half of the time these wait: for processes, for clocks, for a database.
+WAITING = $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 )))
 test-all: test ## all tests, with the slow kinds; those of the API on Postgres, too
-	$(BIN)/python -m pytest -m slow -n auto --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --database postgres tests/api
+	$(BIN)/python -m pytest -m slow -n $(WAITING) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WAITING) --dist loadfile -m "not slow" --database postgres tests/api
 
 SEEDS ?= 1-5
 chaos: .venv/.dev ## processes and databases that are killed, by the seed: `make chaos SEEDS=1-20`
