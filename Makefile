@@ -24,9 +24,12 @@ test: .venv/.dev .venv/.sandbox ## the tests to run before every commit (under t
 
 # Half of the time these wait: for processes, for clocks, for a database.
 WAITING = $(shell echo $$(( ($$(getconf _NPROCESSORS_ONLN) * 3 + 1) / 2 )))
+# What these test has little to do with the database, or is held against Postgres in tests/contracts.
+SAME_ON_POSTGRES = $(foreach name,azure_and_models code_interpreter connections errors file_search headers_and_access \
+	health hostile images inspection mcp metrics sdk_helpers traces,--ignore tests/api/test_$(name).py)
 test-all: test ## all tests, with the slow kinds; those of the API on Postgres, too
 	$(BIN)/python -m pytest -m slow -n $(WAITING) --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -n $(WAITING) --dist loadfile -m "not slow" --database postgres tests/api
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" --database postgres tests/api $(SAME_ON_POSTGRES)
 
 SEEDS ?= 1-5
 chaos: .venv/.dev ## processes and databases that are killed, by the seed: `make chaos SEEDS=1-20`
